@@ -1,0 +1,48 @@
+"""Loads the shared library, checks its version, and turns its error codes into `NativeError`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from typing import Any
+
+from rondel.native._rondel import ffi
+
+ABI_VERSION = 1
+
+
+class NativeError(Exception):
+    """Something the runtime refuses: a damaged file, an unsupported model, a wrong shape. Shown to the user as is."""
+
+
+def _load() -> Any:
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = ffi.dlopen(str(files("rondel.native").joinpath(f"librondel.{suffix}")))
+    if library.rondel_abi_version() != ABI_VERSION:
+        raise NativeError(
+            f"the native library has interface version {library.rondel_abi_version()}, "
+            f"this binding needs {ABI_VERSION}: install rondel again"
+        )
+    return library
+
+
+lib = _load()
+
+
+def last_error() -> str:
+    """The sentence the library left behind for the last call that failed on this thread."""
+    return ffi.string(lib.rondel_last_error()).decode("utf-8", "replace")
+
+
+def check(code: int) -> int:
+    """Return `code`, or raise `NativeError` where it is negative."""
+    if code < 0:
+        raise NativeError(last_error())
+    return code
+
+
+def check_handle(handle: Any) -> Any:
+    """Return `handle`, or raise `NativeError` where it is NULL."""
+    if handle == ffi.NULL:
+        raise NativeError(last_error())
+    return handle

@@ -1,0 +1,37 @@
+/* One table of functions per instruction set; scalar.c is the specification that every other is tested against. */
+#ifndef RONDEL_KERNELS_H
+#define RONDEL_KERNELS_H
+#include "formats.h"
+
+struct kernels {
+    const char *name;
+    int (*usable)(void);
+    /* Prepare one activation row of `cols` floats; `packed` holds activation_bytes(kind, cols). */
+    void (*pack[ACT_COUNT])(const float *x, int64_t cols, void *packed);
+    /* Formats stored row by row: dot product of one weight row with one prepared activation row. */
+    float (*dot[FMT_COUNT])(const void *row, const void *packed, int64_t cols);
+    /* Tile formats: 16 dot products of one panel with one prepared activation row. */
+    void (*panel[FMT_COUNT])(const void *panel, const void *packed, int64_t cols, float out[16]);
+    /* Float rows of attention and of the norms. */
+    float (*dot_f32)(const float *a, const float *b, int64_t n);
+    float (*dot_f16)(const uint16_t *a, const uint16_t *b, int64_t n);
+    void (*axpy_f32)(float *y, float scale, const float *x, int64_t n);
+    void (*axpy_f16)(float *y, float scale, const uint16_t *x, int64_t n);
+    void (*butterfly)(float *a, float *b, int64_t n); /* a, b <- a + b, a - b */
+};
+
+extern const struct kernels kernels_scalar, kernels_avx2, kernels_avx512;
+const struct kernels *kernels_current(void);
+
+size_t activation_bytes(enum activation kind, int64_t cols); /* a multiple of 64 */
+/* Rows [first, last) of `weights` times `n` prepared rows (activation_bytes apart); out[i * stride + row].
+ * `first` is a multiple of the format's rows. */
+void matmul_rows(const struct matrix *weights, int64_t first, int64_t last, const void *packed, int64_t n, float *out,
+                 int64_t stride);
+/* Row `row` as floats (embedding lookup, verify). */
+void matrix_row(const struct matrix *weights, int64_t row, float *out);
+
+float half_to_float(uint16_t half);
+uint16_t float_to_half(float value); /* nearest even */
+
+#endif
