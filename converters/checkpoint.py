@@ -1,0 +1,104 @@
+"""A Checkpoint: a model on its way through the stages, with canonical tensor names (GGUF's) and row order.
+
+An HF folder opens as a Checkpoint without copying (see huggingface.py); every stage writes its own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondel.converters.errors import RondelError
+from rondel.converters.families import FAMILIES
+from rondel.converters.family import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_FACTORS, Family, Hyperparameters
+from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
+from rondel.converters.rotation import Rotation
+
+# What travels unchanged beside the tensors.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class Checkpoint(TensorFolder):
+    """A model folder that a stage wrote, or an HF folder seen through its family's table."""
+
+    @property
+    def family(self) -> Family:
+        """The table of this model's family."""
+        return FAMILIES[self.manifest["family"]]
+
+    @property
+    def numbers(self) -> Hyperparameters:
+        """The sizes of this model."""
+        return Hyperparameters(**self.manifest["hyperparameters"])
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        """The changes of basis this model went through, in order."""
+        return [Rotation.from_json(record) for record in self.manifest.get("rotations", [])]
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The records of the stages that made this folder, first to last."""
+        return self.manifest.get("stages", [])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any tensor is in a block format."""
+        return any(self.info(name).packed for name in self.names())
+
+    def shards(self) -> dict[str, list[str]]:
+        """The tensors by the piece that a stage handles at a time: "embedding", "blk-00000", ..., "output"."""
+        pieces: dict[str, list[str]] = {"embedding": []}
+        pieces.update({f"blk-{layer:05d}": [] for layer in range(self.numbers.layers)})
+        pieces["output"] = []
+        for name in self.names():
+            if name in (EMBEDDING, ROPE_FACTORS):
+                pieces["embedding"].append(name)
+            elif name in (OUTPUT_NORM, OUTPUT):
+                pieces["output"].append(name)
+            else:
+                pieces[f"blk-{int(name.split('.')[1]):05d}"].append(name)
+        return pieces
+
+    def side_files(self) -> dict[str, Path]:
+        """The tokenizer's and config's files, by name."""
+        return {name: self.root / name for name in SIDE_FILES if (self.root / name).is_file()}
+
+    def head(self) -> str:
+        """The tensor that makes the logits: the embedding where the head is tied."""
+        return OUTPUT if OUTPUT in self else EMBEDDING
+
+    def read_float(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A float tensor in the precision that the arithmetic wants."""
+        return self.read(name).to(dtype)
+
+    def carried(self) -> dict[str, Any]:
+        """The part of the manifest that the next stage's manifest starts from."""
+        return {key: value for key, value in self.manifest.items() if key not in ("tensors", "manifest_version")}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a stage's folder or an HF folder."""
+    if not path.is_dir():
+        raise RondelError(f"{path}: not a folder; a model is a Hugging Face folder or the output of a rondel stage")
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        if manifest.get("kind") != "checkpoint":
+            raise RondelError(f"{path}: holds {manifest.get('kind')!r}, a model is needed here")
+        return Checkpoint(path, manifest)
+    from rondel.converters.huggingface import open_huggingface
+
+    return open_huggingface(path)

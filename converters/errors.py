@@ -1,0 +1,5 @@
+"""The error that means: show this sentence to the user."""
+
+
+class RondelError(Exception):
+    """Something a user can cause. The message says what, where, expected, got and what to do, in one or two lines."""

@@ -1,0 +1,118 @@
+"""A folder of safetensors shards with manifest.json: how checkpoints and statistics lie on disk.
+
+Reading is lazy: a tensor is read when it is asked for, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rondel.converters.errors import RondelError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+FLOAT_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is without reading it. Shape: rows (outputs) first, of the weights, not of the packed bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str  # "F32", "F16", "BF16", or a block format such as "Q4_K" or "U4-128"
+    shard: str  # file name inside the folder
+    sha256: str  # of the stored bytes
+
+    @property
+    def packed(self) -> bool:
+        """Whether the stored bytes are blocks rather than floats."""
+        return self.format not in FLOAT_FORMATS.values()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized tensor on its way to disk or to a GGUF file: uint8 bytes, 1-D, of a (rows, cols) matrix."""
+
+    data: torch.Tensor
+    format: str
+    shape: tuple[int, ...]
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """The hash of a tensor's bytes."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a folder that a rondel stage wrote."""
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RondelError(f"{path}: cannot be read as a manifest ({error}); run the stage that made it again") from error
+    if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
+        found = manifest.get("manifest_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise RondelError(f"{path}: expected manifest version {MANIFEST_VERSION}, got {found!r}; update rondel")
+    return manifest
+
+
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    """One tensor of a safetensors file, by its name there."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return shard.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise RondelError(f"{path}: tensor {key} cannot be read ({error})") from error
+
+
+class TensorFolder:
+    """A finished folder: its manifest and its tensors by name."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+        self.root = root
+        self.manifest = manifest
+        self._infos = {
+            name: TensorInfo(name, tuple(entry["shape"]), entry["format"], entry["shard"], entry["sha256"])
+            for name, entry in manifest["tensors"].items()
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order they were written."""
+        return list(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, format and place of a tensor."""
+        try:
+            return self._infos[name]
+        except KeyError:
+            raise RondelError(f"{self.root}: there is no tensor {name}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A float tensor as it is stored (F32, F16 or BF16)."""
+        info = self.info(name)
+        if info.packed:
+            raise RondelError(f"{self.root}: {name} is quantized ({info.format}), a float tensor is needed here")
+        return read_tensor(self.root / info.shard, name)
+
+    def packed(self, name: str) -> Packed:
+        """A quantized tensor's bytes."""
+        info = self.info(name)
+        return Packed(read_tensor(self.root / info.shard, name), info.format, info.shape)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that a later stage reads: tensors, hyperparameters, records. Not of any path."""
+        told = {key: value for key, value in self.manifest.items() if key != "stages"}
+        told["tensors"] = {name: [info.format, info.shape, info.sha256] for name, info in sorted(self._infos.items())}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
