@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from rondel.native._rondel import ffi
+from rondel.native import _rondel
+
+ffi = _rondel.ffi
 
 ABI_VERSION = 1
 
@@ -17,7 +19,8 @@ class NativeError(Exception):
 
 def _load() -> Any:
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    library = ffi.dlopen(str(files("rondel.native").joinpath(f"librondel.{suffix}")))
+    # CMake installs the generated module and the library side by side, also for an editable install.
+    library = ffi.dlopen(str(Path(_rondel.__file__).with_name(f"librondel.{suffix}")))
     if library.rondel_abi_version() != ABI_VERSION:
         raise NativeError(
             f"the native library has interface version {library.rondel_abi_version()}, "
