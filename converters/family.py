@@ -110,7 +110,10 @@ class Family:
 
 
 # The tensors outside the blocks, and their Hugging Face names; the same in every family so far.
-EMBEDDING, OUTPUT_NORM, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"
+EMBEDDING = "token_embd.weight"
+OUTPUT_NORM = "output_norm.weight"
+OUTPUT = "output.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 OUTER_SOURCES = {
     EMBEDDING: "model.embed_tokens.weight",
     OUTPUT_NORM: "model.norm.weight",

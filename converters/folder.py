@@ -58,7 +58,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RondelError(f"{path}: cannot be read as a manifest ({error}); run the stage that made it again") from error
+        raise RondelError(f"{path}: not a readable manifest ({error}); run the stage that made it again") from error
     if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
         found = manifest.get("manifest_version") if isinstance(manifest, dict) else type(manifest).__name__
         raise RondelError(f"{path}: expected manifest version {MANIFEST_VERSION}, got {found!r}; update rondel")

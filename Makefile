@@ -1,0 +1,72 @@
+# rondel: everything a developer, a user and CI run. `make demo` and `make test` need nothing but Python 3.11,
+# a C compiler and the Python package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The version the tests run with. Without an NVIDIA driver the CPU build: the default build drags in gigabytes of CUDA.
+TORCH  := 2.13.0
+DEMO   ?= demo
+
+.PHONY: install install-peer native test demo lint format typecheck wheel-check fuzz clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	if command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -sm)" != "Linux x86_64" ]; then \
+	    $(PIP) install -q "torch==$(TORCH)"; \
+	else \
+	    $(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
+	    { $(PIP) install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; }; \
+	fi
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml native/CMakeLists.txt $(wildcard native/include/*.h native/src/*.[ch] native/src/*/*.[ch])
+	$(PIP) install -q -e ".[dev]"
+	touch $@
+
+# Unmodified llama.cpp as a prebuilt wheel: the peer tests compare with it.
+install-peer: install
+	$(PIP) install -q -e ".[peer]"
+
+# Rebuild the C library after a change.
+native: install
+
+test: install
+	$(BIN)/python -m pytest -q -n 2
+
+demo: install
+	$(BIN)/rondel build configs/demo.toml --output $(DEMO)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The rooms lie at the root but install as rondel.*: the checker sees them through links (never imported from there).
+typecheck: install
+	mkdir -p build/typing/rondel
+	for room in cli converters quant native configs; do ln -sfn ../../../$$room build/typing/rondel/$$room; done
+	$(BIN)/mypy -p rondel
+
+# What users get: the wheel in a fresh environment, tested from another folder.
+wheel-check: install
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel -q --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps build/wheel/*.whl
+	# The dependencies come from $(VENV): a .pth file adds its packages, without its editable hook.
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > $$(build/wheel/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
+	cp -r tests build/wheel/tests
+	cd build/wheel && venv/bin/python -m pytest -q -n 2 -p no:cacheprovider tests --ignore=tests/test_layers.py --ignore=tests/test_docs.py
+
+clean:
+	rm -rf build dist $(DEMO)
