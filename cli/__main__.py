@@ -1,0 +1,5 @@
+"""`python -m rondel.cli` is the same program as `rondel`."""
+
+from rondel.cli.main import main
+
+main()

@@ -1,0 +1,121 @@
+"""Everything the user sees: progress, results, the error line. No other module knows Rich.
+
+Results go to standard output, as text or as one JSON object; progress and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rondel.converters.progress import Progress, silent
+
+LOG_INTERVAL = 5.0  # seconds between two progress lines in a log
+
+
+def error(sentence: str) -> None:
+    """One line on standard error, "error: ..." in red where there is a terminal that shows colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    # soft_wrap: one error is one line for grep, whatever the width of the terminal.
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), sentence))
+
+
+def warn(sentence: str) -> None:
+    """One line on standard error, "warning: ..."."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "yellow"), sentence))
+
+
+class _LogLines:
+    """Plain progress lines: the first, the last, and one every few seconds."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if self._last is None or done >= total or now - self._last >= LOG_INTERVAL:
+            self._last = now
+            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """What a stage tells its progress to: a bar with time left on a terminal, plain lines in a log, or nobody."""
+    if quiet:
+        yield silent
+        return
+    if not sys.stderr.isatty():
+        yield _LogLines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield show
+
+
+def result(told: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
+    """Print a command's result: the JSON object alone, or the text, or nothing."""
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False))
+    elif not quiet:
+        print(text)
+
+
+def lines(told: dict[str, Any]) -> str:
+    """Nested facts as aligned "key value" lines, for plans and small results."""
+    rows = list(_flat(told, ""))
+    width = max((len(key) for key, _ in rows), default=0)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def _flat(told: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in told.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + key, ", ".join(map(str, value)) or "none"
+        else:
+            yield prefix + key, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows under a head, columns aligned: numbers right, the rest left. Plain text, so that it pipes well."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [list(head), *cells]) for column in range(len(head))]
+    right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), *map(line, cells)])
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: "7.35 MB" (powers of ten, as disks count)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"

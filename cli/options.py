@@ -1,0 +1,43 @@
+"""The options that several commands share, as types: one name, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Target = Literal["llama.cpp", "rondel"]
+
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or the output of an earlier command.")
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one, the first part.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; it appears when it is complete.")
+]
+StatsOption = Annotated[Path | None, typer.Option("--stats", metavar="DIR", help="Statistics that calibrate wrote.")]
+TargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        "--target",
+        help="The program that will run the file. rondel allows its own formats and online rotations. "
+        "Default: what an earlier stage fixed, else llama.cpp.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random: the same seed gives the same bytes.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", min=1, help="Processor threads; the result is the same for any number. Default: all cores."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where torch does the arithmetic: cpu, cuda, cuda:1.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace an output that was made from other inputs or settings.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the plan and the sizes, write nothing.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
