@@ -1,0 +1,150 @@
+"""Owns Hadamard matrices: exact constructions, the canonical plan for a size, the fast transform, and random signs.
+
+The plan and the order of the axes are part of the file format (formats.md, section 3): `native/src/hadamard.c` derives
+the same ones, so a rotation fused here can be undone online there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+# A base matrix is applied densely: its order is its cost in additions an element. Past this, blocks are better value.
+MAX_BASE_ORDER = 256
+
+
+@dataclass(frozen=True)
+class HadamardPlan:
+    """H = H_b1 (x) H_b2 (x) ... (x) Sylvester 2^log2, bases ascending; the last factor runs along adjacent channels."""
+
+    bases: tuple[int, ...]
+    log2: int
+
+    @property
+    def additions(self) -> int:
+        """Additions and subtractions an element."""
+        return sum(self.bases) + self.log2
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@cache
+def base_orders() -> tuple[int, ...]:
+    """The orders up to MAX_BASE_ORDER that Paley's constructions over a prime give, without the powers of two."""
+    candidates = (order for order in range(4, MAX_BASE_ORDER + 1, 4) if not _is_power_of_two(order))
+    return tuple(order for order in candidates if _paley_prime(order))
+
+
+def _paley_prime(order: int) -> int:
+    """The prime q of Paley I (q = order - 1 = 3 mod 4) or else of Paley II (q = order/2 - 1 = 1 mod 4); 0: neither."""
+    if order % 4 == 0 and _is_prime(order - 1):
+        return order - 1
+    half = order // 2 - 1
+    return half if order % 4 == 0 and half % 4 == 1 and _is_prime(half) else 0
+
+
+@cache
+def base_matrix(order: int) -> torch.Tensor:
+    """A Hadamard matrix of a base order, (order, order) int8, entries +1 and -1 (Paley, 1933).
+
+    With Q[i, j] = chi(i - j) mod q: type I is I + [[0, 1], [-1, Q]]; type II puts [[1, -1], [-1, -1]] for the zeros and
+    +-[[1, 1], [1, -1]] for the other entries of [[0, 1], [1, Q]].
+    """
+    q = _paley_prime(order)
+    assert q, f"no Paley matrix of order {order}"
+    squares = {i * i % q for i in range(1, q)}
+    chi = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)], dtype=torch.int8)
+    indices = torch.arange(q)
+    core = torch.zeros(q + 1, q + 1, dtype=torch.int8)
+    core[0, 1:] = 1
+    core[1:, 1:] = chi[(indices[:, None] - indices[None, :]) % q]
+    if q == order - 1:
+        core[1:, 0] = -1
+        return core + torch.eye(order, dtype=torch.int8)
+    core[1:, 0] = 1
+    pair = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    zero = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    return torch.kron(core, pair) + torch.kron(torch.eye(q + 1, dtype=torch.int8), zero)
+
+
+@cache
+def hadamard_plan(size: int) -> HadamardPlan | None:
+    """The cheapest plan for a size (ties: fewer bases, then the lexicographically first), or None where there is none."""
+    best: tuple[int, int, tuple[int, ...]] | None = None
+
+    def search(rest: int, first: int, chosen: tuple[int, ...]) -> None:
+        nonlocal best
+        if _is_power_of_two(rest):
+            found = (sum(chosen) + rest.bit_length() - 1, len(chosen), chosen)
+            best = found if best is None else min(best, found)
+            return
+        for order in base_orders():
+            if order >= first and rest % order == 0:
+                search(rest // order, order, (*chosen, order))
+
+    search(size, 0, ())
+    if best is None:
+        return None
+    product = 1
+    for order in best[2]:
+        product *= order
+    return HadamardPlan(best[2], (size // product).bit_length() - 1)
+
+
+def largest_block(size: int) -> int:
+    """The largest divisor of a size that has a plan: the block of its block-diagonal Hadamard matrix.
+
+    `size` itself for nearly every model; 4 for 172 = 4 * 43, whose matrix needs another construction than Paley's.
+    """
+    return max(divisor for divisor in range(1, size + 1) if size % divisor == 0 and hadamard_plan(divisor))
+
+
+def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
+    """H x / sqrt(block) on each block of the last axis, in the precision of x (float32 or float64)."""
+    plan = hadamard_plan(block)
+    assert plan is not None, f"no Hadamard matrix of order {block}"
+    assert x.shape[-1] % block == 0, f"blocks of {block} do not divide {x.shape[-1]} channels"
+    shape = x.shape
+    y = x.reshape(-1, block)
+    inner = block
+    for order in plan.bases:
+        inner //= order
+        matrix = base_matrix(order).to(x.dtype).to(x.device)
+        y = torch.einsum("ij,bjk->bik", matrix, y.reshape(-1, order, inner))
+    while inner > 1:
+        inner //= 2
+        pairs = y.reshape(-1, 2, inner)
+        a, b = pairs[:, 0], pairs[:, 1]
+        y = torch.stack((a + b, a - b), dim=1)
+    return y.reshape(shape) / block**0.5
+
+
+def random_signs(size: int, seed: int, site: str) -> str:
+    """One bit a channel (1 = minus), least significant first, as hexadecimal text: a SHA-256 stream of seed and site.
+
+    A hash and not a generator of some library, so that a seed means the same rotation for ever.
+    """
+    stream = b""
+    while len(stream) * 8 < size:
+        stream += hashlib.sha256(f"rondel signs 1|{seed}|{site}|{len(stream)}".encode()).digest()
+    packed = bytearray(stream[: (size + 7) // 8])
+    if size % 8:
+        packed[-1] &= (1 << size % 8) - 1
+    return bytes(packed).hex()
+
+
+def unpack_signs(signs: str, size: int) -> torch.Tensor:
+    """The signs of a record as +1 and -1, (size,) float64."""
+    packed = bytes.fromhex(signs)
+    assert len(packed) == (size + 7) // 8, f"{len(packed)} bytes of signs for {size} channels"
+    bits = torch.tensor([packed[i // 8] >> i % 8 & 1 for i in range(size)], dtype=torch.float64)
+    return 1.0 - 2.0 * bits
