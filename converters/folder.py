@@ -15,26 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rondel.converters.errors import RondelError
+from rondel.converters.manifest import MANIFEST, MANIFEST_VERSION, TensorInfo, read_manifest, tensor_infos
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+__all__ = [
+    "FLOAT_FORMATS",
+    "MANIFEST",
+    "MANIFEST_VERSION",
+    "Packed",
+    "TensorFolder",
+    "TensorInfo",
+    "read_manifest",
+    "read_tensor",
+    "sha256_of",
+]
+
 FLOAT_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a tensor is without reading it. Shape: rows (outputs) first, of the weights, not of the packed bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: str  # "F32", "F16", "BF16", or a block format such as "Q4_K" or "U4-128"
-    shard: str  # file name inside the folder
-    sha256: str  # of the stored bytes
-
-    @property
-    def packed(self) -> bool:
-        """Whether the stored bytes are blocks rather than floats."""
-        return self.format not in FLOAT_FORMATS.values()
 
 
 @dataclass(frozen=True)
@@ -52,19 +47,6 @@ def sha256_of(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.numpy()).hexdigest()
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a folder that a rondel stage wrote."""
-    path = root / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RondelError(f"{path}: not a readable manifest ({error}); run the stage that made it again") from error
-    if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
-        found = manifest.get("manifest_version") if isinstance(manifest, dict) else type(manifest).__name__
-        raise RondelError(f"{path}: expected manifest version {MANIFEST_VERSION}, got {found!r}; update rondel")
-    return manifest
-
-
 def read_tensor(path: Path, key: str) -> torch.Tensor:
     """One tensor of a safetensors file, by its name there."""
     try:
@@ -80,10 +62,7 @@ class TensorFolder:
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root = root
         self.manifest = manifest
-        self._infos = {
-            name: TensorInfo(name, tuple(entry["shape"]), entry["format"], entry["shard"], entry["sha256"])
-            for name, entry in manifest["tensors"].items()
-        }
+        self._infos = tensor_infos(manifest)
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
