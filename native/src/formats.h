@@ -5,8 +5,11 @@
 #include <stdint.h>
 
 /* How activations are prepared for a dot product with a format. F16 and BF16 round, Q8 are int8 with scales;
- * the block sizes and roundings are ggml's, so that both runtimes compute with the same integers. */
-enum activation { ACT_F32, ACT_F16, ACT_BF16, ACT_Q8_0, ACT_Q8_1, ACT_Q8_K, ACT_TILE, ACT_COUNT };
+ * the block sizes and roundings are ggml's, so that both runtimes compute with the same integers. TILE_G is int8
+ * with one float scale per G columns, the group of the weights it meets. kernels/blocks.h draws the layouts. */
+enum activation {
+    ACT_F32, ACT_F16, ACT_BF16, ACT_Q8_0, ACT_Q8_1, ACT_Q8_K, ACT_TILE_64, ACT_TILE_128, ACT_TILE_256, ACT_COUNT
+};
 
 enum format {
     FMT_F32, FMT_F16, FMT_BF16, FMT_Q4_0, FMT_Q4_1, FMT_Q5_0, FMT_Q5_1, FMT_Q8_0, FMT_Q2_K, FMT_Q3_K, FMT_Q4_K,

@@ -1,0 +1,129 @@
+"""Weight formats on numpy arrays: the format table, encode, decode, and the product as the runtime computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rondel.native.library import NativeError, check, ffi, lib
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One weight format: its ggml type number (-1: one of ours) and the columns a row must be a multiple of."""
+
+    name: str
+    ggml_type: int
+    block: int
+
+    @property
+    def tiled(self) -> bool:
+        """Whether rows are stored sixteen to a panel."""
+        return self.ggml_type < 0
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """All formats of this build by name."""
+    names = [ffi.string(lib.rondel_format_name(i)).decode() for i in range(lib.rondel_format_count())]
+    return {n: Format(n, lib.rondel_format_ggml_type(n.encode()), lib.rondel_format_block(n.encode())) for n in names}
+
+
+def format_of_ggml_type(ggml_type: int) -> Format | None:
+    """The format with this ggml type number, or None."""
+    return next((f for f in formats().values() if f.ggml_type == ggml_type >= 0), None)
+
+
+def format_bytes(name: str, rows: int, cols: int) -> int:
+    """Bytes of a packed (rows, cols) matrix; NativeError where the columns do not fit the format's block."""
+    return int(check(lib.rondel_format_bytes(name.encode(), rows, cols)))
+
+
+def encode(name: str, weights: Floats, importance: Floats | None = None, *, threads: int = 1) -> Bytes:
+    """Round (rows, cols) weights onto a format; `importance` (cols,) weighs each column's squared error."""
+    weights = _matrix(weights, "weights")
+    rows, cols = weights.shape
+    packed = np.empty(format_bytes(name, rows, cols), np.uint8)
+    column_weights = ffi.NULL
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        if importance.shape != (cols,):
+            raise NativeError(f"importance has shape {importance.shape}, expected ({cols},): one value per column")
+        column_weights = _pointer("float *", importance)
+    check(
+        lib.rondel_encode(
+            name.encode(), _pointer("float *", weights), column_weights, rows, cols, threads, _pointer("void *", packed)
+        )
+    )
+    return packed
+
+
+def decode(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
+    """Packed bytes back to (rows, cols) float32, bit for bit as the runtime and ggml's reference see them."""
+    packed = _checked(name, packed, rows, cols)
+    weights = np.empty((rows, cols), np.float32)
+    check(lib.rondel_decode(name.encode(), _pointer("void *", packed), rows, cols, _pointer("float *", weights)))
+    return weights
+
+
+def matmul(name: str, packed: Bytes, rows: int, cols: int, inputs: Floats, *, threads: int = 1) -> Floats:
+    """(n, cols) inputs times the packed (rows, cols) matrix transposed: (n, rows), with the runtime's own kernels."""
+    packed = _checked(name, packed, rows, cols)
+    inputs = _matrix(inputs, "inputs")
+    if inputs.shape[1] != cols:
+        raise NativeError(f"inputs have {inputs.shape[1]} columns, the weights have {cols}")
+    outputs = np.empty((inputs.shape[0], rows), np.float32)
+    check(
+        lib.rondel_matmul(
+            name.encode(),
+            _pointer("void *", packed),
+            rows,
+            cols,
+            _pointer("float *", inputs),
+            inputs.shape[0],
+            threads,
+            _pointer("float *", outputs),
+        )
+    )
+    return outputs
+
+
+def usable_isas() -> list[str]:
+    """Instruction sets that this processor has, best first; the last is always `scalar`, the specification."""
+    indices = range(lib.rondel_isa_count())
+    return [ffi.string(lib.rondel_isa_name(i)).decode() for i in indices if lib.rondel_isa_usable(i)]
+
+
+def current_isa() -> str:
+    """The instruction set that computes now."""
+    return str(ffi.string(lib.rondel_isa_current()).decode())
+
+
+def use_isa(name: str) -> None:
+    """Compute with this instruction set from now on (tests and benchmarks; not while a session evaluates)."""
+    check(lib.rondel_isa_use(name.encode()))
+
+
+def _pointer(kind: str, array: NDArray[np.generic]) -> object:
+    return ffi.cast(kind, array.ctypes.data)
+
+
+def _matrix(array: Floats, what: str) -> Floats:
+    array = np.ascontiguousarray(array, np.float32)
+    if array.ndim != 2:
+        raise NativeError(f"{what} must be a matrix, got shape {array.shape}")
+    return array
+
+
+def _checked(name: str, packed: Bytes, rows: int, cols: int) -> Bytes:
+    packed = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+    expected = format_bytes(name, rows, cols)
+    if packed.size != expected:
+        raise NativeError(f"a ({rows}, {cols}) matrix of {name} has {expected} bytes, got {packed.size}")
+    return packed

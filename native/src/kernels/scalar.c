@@ -1,0 +1,152 @@
+/* The scalar instruction set, which is the specification: activations, float rows, and the table. */
+#include <math.h>
+#include <string.h>
+
+#include "blocks.h"
+#include "kernels.h"
+#include "round.h"
+#include "scalar.h"
+
+static int usable(void) { return 1; }
+
+static void pack_f32(const float *x, int64_t cols, void *packed) { memcpy(packed, x, (size_t)cols * 4); }
+
+static void pack_f16(const float *x, int64_t cols, void *packed) {
+    uint16_t *halves = packed;
+    for (int64_t i = 0; i < cols; i++) halves[i] = float_to_half(x[i]);
+}
+
+static void pack_bf16(const float *x, int64_t cols, void *packed) {
+    uint16_t *out = packed;
+    for (int64_t i = 0; i < cols; i++) out[i] = float_to_bfloat(x[i]);
+}
+
+static float absolute_maximum(const float *x, int64_t n) {
+    float maximum = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (fabsf(x[i]) > maximum) maximum = fabsf(x[i]);
+    return maximum;
+}
+
+/* quants[i] = x[i] * factor to nearest even, in -128..127; returns their sum. Defined for every bit pattern. */
+static int32_t quantize(const float *x, int64_t n, float factor, int8_t *quants) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        quants[i] = nearest_int8(x[i] * factor);
+        sum += quants[i];
+    }
+    return sum;
+}
+
+static void pack_q8(const float *x, int64_t cols, void *packed, int with_sums) {
+    int8_t *quants = packed;
+    float *scales = (float *)q8_scales(packed, cols), *sums = (float *)q8_sums(packed, cols);
+    memset(quants + cols, 0, (size_t)(q8_quants(cols) - cols));
+    for (int64_t i = 0; i < cols / 32; i++) {
+        float maximum = absolute_maximum(x + 32 * i, 32), scale = maximum / 127.0f;
+        int32_t sum = quantize(x + 32 * i, 32, q8_factor(maximum), quants + 32 * i);
+        scales[i] = half_to_float(float_to_half(scale));
+        if (with_sums) sums[i] = half_to_float(float_to_half(scale * (float)sum));
+    }
+}
+
+static void pack_q8_0(const float *x, int64_t cols, void *packed) { pack_q8(x, cols, packed, 0); }
+static void pack_q8_1(const float *x, int64_t cols, void *packed) { pack_q8(x, cols, packed, 1); }
+
+/* The value of largest magnitude, the first of equals, becomes -127. */
+static void pack_q8_k(const float *x, int64_t cols, void *packed) {
+    struct q8_k *out = packed;
+    for (int64_t block = 0; block < cols / 256; block++, x += 256, out++) {
+        float extreme = 0;
+        for (int i = 0; i < 256; i++)
+            if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
+        float factor = q8_factor(extreme) == 0 ? 0 : -127.0f / extreme;
+        memset(out, 0, sizeof *out);
+        for (int i = 0; i < 16; i++) out->sums[i] = (int16_t)quantize(x + 16 * i, 16, factor, out->quants + 16 * i);
+        out->scale = factor == 0 ? 0 : 1.0f / factor;
+    }
+}
+
+static void pack_tile(const float *x, int64_t cols, void *packed, int group) {
+    int8_t *quants = packed;
+    float *scales = (float *)tile_scales(packed, cols);
+    int32_t *sums = (int32_t *)tile_sums(packed, cols, group);
+    for (int64_t g = 0; g < cols / group; g++, x += group, quants += group) {
+        float maximum = absolute_maximum(x, group);
+        sums[g] = quantize(x, group, q8_factor(maximum), quants);
+        scales[g] = maximum / 127.0f;
+    }
+}
+
+static void pack_tile_64(const float *x, int64_t cols, void *packed) { pack_tile(x, cols, packed, 64); }
+static void pack_tile_128(const float *x, int64_t cols, void *packed) { pack_tile(x, cols, packed, 128); }
+static void pack_tile_256(const float *x, int64_t cols, void *packed) { pack_tile(x, cols, packed, 256); }
+
+/* Eight running sums: less rounding than one, and what a compiler can vectorize without reordering. */
+static float sum_of_8(const float sums[8]) {
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+static float dot_f32(const float *a, const float *b, int64_t n) {
+    float sums[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sums[j] += a[i + j] * b[i + j];
+    for (; i < n; i++) sums[i % 8] += a[i] * b[i];
+    return sum_of_8(sums);
+}
+
+static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) {
+    float sums[8] = {0};
+    for (int64_t i = 0; i < n; i++) sums[i % 8] += half_to_float(a[i]) * half_to_float(b[i]);
+    return sum_of_8(sums);
+}
+
+static float dot_row_f32(const void *row, const void *packed, int64_t cols) { return dot_f32(row, packed, cols); }
+static float dot_row_f16(const void *row, const void *packed, int64_t cols) { return dot_f16(row, packed, cols); }
+static float dot_row_bf16(const void *row, const void *packed, int64_t cols) {
+    const uint16_t *a = row, *b = packed;
+    float sums[8] = {0};
+    for (int64_t i = 0; i < cols; i++) sums[i % 8] += bfloat_to_float(a[i]) * bfloat_to_float(b[i]);
+    return sum_of_8(sums);
+}
+
+static void axpy_f32(float *y, float scale, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
+}
+
+static void axpy_f16(float *y, float scale, const uint16_t *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] += scale * half_to_float(x[i]);
+}
+
+static void butterfly(float *a, float *b, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float sum = a[i] + b[i], difference = a[i] - b[i];
+        a[i] = sum;
+        b[i] = difference;
+    }
+}
+
+#define TILE_ROWS(bits)                                        \
+    [FMT_U##bits##_64] = scalar_panel_u##bits##_64,            \
+    [FMT_U##bits##_128] = scalar_panel_u##bits##_128,          \
+    [FMT_U##bits##_256] = scalar_panel_u##bits##_256
+
+const struct kernels kernels_scalar = {
+    .name = "scalar",
+    .usable = usable,
+    .pack = {[ACT_F32] = pack_f32, [ACT_F16] = pack_f16, [ACT_BF16] = pack_bf16, [ACT_Q8_0] = pack_q8_0,
+             [ACT_Q8_1] = pack_q8_1, [ACT_Q8_K] = pack_q8_k, [ACT_TILE_64] = pack_tile_64,
+             [ACT_TILE_128] = pack_tile_128, [ACT_TILE_256] = pack_tile_256},
+    .dot = {[FMT_F32] = dot_row_f32, [FMT_F16] = dot_row_f16, [FMT_BF16] = dot_row_bf16, [FMT_Q4_0] = scalar_dot_q4_0,
+            [FMT_Q4_1] = scalar_dot_q4_1, [FMT_Q5_0] = scalar_dot_q5_0, [FMT_Q5_1] = scalar_dot_q5_1,
+            [FMT_Q8_0] = scalar_dot_q8_0, [FMT_Q2_K] = scalar_dot_q2_k, [FMT_Q3_K] = scalar_dot_q3_k,
+            [FMT_Q4_K] = scalar_dot_q4_k, [FMT_Q5_K] = scalar_dot_q5_k, [FMT_Q6_K] = scalar_dot_q6_k,
+            [FMT_IQ4_NL] = scalar_dot_iq4_nl},
+    .panel = {TILE_ROWS(2), TILE_ROWS(4), TILE_ROWS(8)},
+    .dot_f32 = dot_f32,
+    .dot_f16 = dot_f16,
+    .axpy_f32 = axpy_f32,
+    .axpy_f16 = axpy_f16,
+    .butterfly = butterfly,
+};
