@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from rondel.converters.rotation import Rotation
+
 # A base matrix is applied densely: its order is its cost in additions an element. Past this, blocks are better value.
 MAX_BASE_ORDER = 256
 
@@ -78,7 +80,7 @@ def base_matrix(order: int) -> torch.Tensor:
 
 @cache
 def hadamard_plan(size: int) -> HadamardPlan | None:
-    """The cheapest plan for a size (ties: fewer bases, then the lexicographically first), or None where there is none."""
+    """The cheapest plan for a size (ties: fewer bases, then the lexicographically first); None: there is none."""
     best: tuple[int, int, tuple[int, ...]] | None = None
 
     def search(rest: int, first: int, chosen: tuple[int, ...]) -> None:
@@ -148,3 +150,10 @@ def unpack_signs(signs: str, size: int) -> torch.Tensor:
     assert len(packed) == (size + 7) // 8, f"{len(packed)} bytes of signs for {size} channels"
     bits = torch.tensor([packed[i // 8] >> i % 8 & 1 for i in range(size)], dtype=torch.float64)
     return 1.0 - 2.0 * bits
+
+
+def rotate_channels(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """H (s o x) / sqrt(block) on each block of the last axis, which holds the channels of the rotation's site."""
+    assert x.shape[-1] == rotation.size, f"{x.shape[-1]} channels for a rotation of {rotation.size}"
+    signs = unpack_signs(rotation.signs, rotation.size).to(x.dtype).to(x.device)
+    return hadamard_transform(x * signs, rotation.block)
