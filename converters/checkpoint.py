@@ -5,6 +5,7 @@ An HF folder opens as a Checkpoint without copying (see huggingface.py); every s
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.families import FAMILIES
 from rondel.converters.family import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_FACTORS, Family, Hyperparameters
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
+from rondel.converters.manifest import digest_of
 from rondel.converters.rotation import Rotation
 
 # What travels unchanged beside the tensors.
@@ -76,6 +78,14 @@ class Checkpoint(TensorFolder):
     def side_files(self) -> dict[str, Path]:
         """The tokenizer's and config's files, by name."""
         return {name: self.root / name for name in SIDE_FILES if (self.root / name).is_file()}
+
+    def side_file_hashes(self) -> dict[str, str]:
+        """The side files' contents, as hashes."""
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.side_files().items()}
+
+    def fingerprint(self) -> str:
+        """A hash of everything that a later stage reads: tensors, numbers, records and side files. Not of any path."""
+        return digest_of([super().fingerprint(), self.side_file_hashes()])
 
     def head(self) -> str:
         """The tensor that makes the logits: the embedding where the head is tied."""

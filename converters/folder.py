@@ -6,7 +6,6 @@ Reading is lazy: a tensor is read when it is asked for, and nothing is kept.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rondel.converters.errors import RondelError
-from rondel.converters.manifest import MANIFEST, MANIFEST_VERSION, TensorInfo, read_manifest, tensor_infos
+from rondel.converters.manifest import MANIFEST, MANIFEST_VERSION, TensorInfo, digest_of, read_manifest, tensor_infos
 
 __all__ = [
     "FLOAT_FORMATS",
@@ -94,4 +93,4 @@ class TensorFolder:
         """A hash of everything that a later stage reads: tensors, hyperparameters, records. Not of any path."""
         told = {key: value for key, value in self.manifest.items() if key != "stages"}
         told["tensors"] = {name: [info.format, info.shape, info.sha256] for name, info in sorted(self._infos.items())}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return digest_of(told)

@@ -33,6 +33,11 @@ class TensorInfo:
         return self.format not in FLOATS
 
 
+def digest_of(value: Any) -> str:
+    """The hash of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a folder that a rondel stage wrote."""
     path = root / MANIFEST

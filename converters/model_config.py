@@ -1,0 +1,144 @@
+"""config.json to Hyperparameters: reads what transformers 4 and 5 write, and names what rondel does not compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rondel.converters.errors import RondelError
+from rondel.converters.families import FAMILIES
+from rondel.converters.family import Family, Hyperparameters
+
+CONFIG = "config.json"
+LARGEST_SIZE = 1 << 31  # of any dimension: more is a damaged file
+ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """The dictionary of a folder's config.json."""
+    path = root / CONFIG
+    if not path.is_file():
+        raise RondelError(f"{root}: has no {CONFIG}; a model is a Hugging Face folder or the output of a rondel stage")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RondelError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise RondelError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def family_of(config: dict[str, Any], path: Path) -> Family:
+    """The family whose table lists this config's architecture."""
+    named = config.get("architectures") or [None]
+    for family in FAMILIES.values():
+        if isinstance(named, list) and named[0] in family.architectures:
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    raise RondelError(f"{path}: the architecture {named!r} is not supported; rondel knows {known}")
+
+
+class _Config:
+    """A config.json whose fields are checked when they are taken."""
+
+    def __init__(self, fields: dict[str, Any], path: Path) -> None:
+        self.fields = fields
+        self.path = path
+
+    def refuse(self, field: str, expected: str, got: Any) -> RondelError:
+        return RondelError(f"{self.path}: {field} must be {expected}, got {got!r}")
+
+    def size(self, field: str, default: int | None = None) -> int:
+        value = self.fields.get(field)
+        if value is None:
+            value = default
+        if type(value) is not int or not 0 < value < LARGEST_SIZE:
+            raise self.refuse(field, "a positive integer", value)
+        return value
+
+    def number(self, field: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.refuse(field, "a positive number", value)
+        return float(value)
+
+    def flag(self, field: str) -> bool:
+        value = self.fields.get(field, False)
+        if not isinstance(value, bool):
+            raise self.refuse(field, "true or false", value)
+        return value
+
+
+def _rope(config: _Config) -> tuple[float, dict[str, Any] | None]:
+    """The base and the scaling of RoPE; the scaling is None where positions are used as they are."""
+    fields = config.fields
+    found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise config.refuse("rope_parameters", "one flat object for all layers", found)
+    base = config.number("rope_theta", found.get("rope_theta", fields.get("rope_theta", 10000.0)))
+    partial = found.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise config.refuse("partial_rotary_factor", "1 (RoPE over the whole head)", partial)
+    kind = found.get("rope_type", found.get("type")) or "default"
+    if kind not in ROPE_TYPES:
+        raise config.refuse("the type of rope_scaling", f"one of {', '.join(ROPE_TYPES)}", kind)
+    if kind == "default":
+        return base, None
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for name in ROPE_FIELDS[kind]:
+        value = found.get(name, fields.get(name))
+        scaling[name] = config.number(f"{name} of rope_scaling {kind}", value)
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise config.refuse(
+            "low_freq_factor of rope_scaling llama3", "below high_freq_factor", scaling["low_freq_factor"]
+        )
+    return base, scaling
+
+
+def _refuse_what_is_not_computed(config: _Config) -> None:
+    fields = config.fields
+    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise config.refuse("hidden_act", "silu", fields["hidden_act"])
+    if config.flag("mlp_bias"):
+        raise config.refuse("mlp_bias", "false (no biases in the feed-forward part)", True)
+    if fields.get("quantization_config") is not None:
+        method = fields["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise config.refuse("quantization_config", "absent (rondel starts from F32, F16 or BF16 weights)", method)
+
+
+def hyperparameters(fields: dict[str, Any], path: Path) -> Hyperparameters:
+    """The numbers of a config.json; everything that the forward pass of rondel would compute otherwise is refused.
+
+    A sliding window is ignored as llama.cpp ignores it for these families: every token attends to all before it.
+    """
+    config = _Config(fields, path)
+    _refuse_what_is_not_computed(config)
+    width, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    kv_heads = config.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise config.refuse("num_attention_heads", f"a multiple of num_key_value_heads ({kv_heads})", heads)
+    if fields.get("head_dim") is None and width % heads:
+        raise config.refuse("hidden_size", f"a multiple of num_attention_heads ({heads}) without head_dim", width)
+    head_dim = config.size("head_dim", width // heads)
+    if head_dim % 2:
+        raise config.refuse("head_dim", "even (RoPE turns pairs)", head_dim)
+    base, scaling = _rope(config)
+    return Hyperparameters(
+        vocabulary=config.size("vocab_size"),
+        context=config.size("max_position_embeddings"),
+        width=width,
+        layers=config.size("num_hidden_layers"),
+        hidden=config.size("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_epsilon=config.number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
+        rope_base=base,
+        tied=config.flag("tie_word_embeddings"),
+        rope_scaling=scaling,
+    )

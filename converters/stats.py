@@ -1,0 +1,74 @@
+"""Stats: what calibrate saw at every site, as a folder of safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondel.converters.errors import RondelError
+from rondel.converters.family import Site
+from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
+
+OUTPUT_IN: Site = "output_in"  # the head's input: the one site outside the blocks
+
+
+def site_tensor(layer: int | None, site: str, what: str) -> str:
+    """The name of one statistic: what is "second_moment", "diagonal", "absmax" or "count"; layer None for output_in."""
+    return f"{site}.{what}" if layer is None else f"blk.{layer}.{site}.{what}"
+
+
+class Stats(TensorFolder):
+    """The statistics of one model over one text. Layer None asks for the head's input, `output_in`."""
+
+    def _site(self, layer: int | None, site: str, what: str) -> torch.Tensor:
+        name = site_tensor(layer, site, what)
+        if name not in self:
+            raise RondelError(f"{self.root}: holds no {what} of {site} in layer {layer}; calibrate this model again")
+        return self.read(name)
+
+    def has(self, layer: int | None, site: str, what: str = "diagonal") -> bool:
+        """Whether that statistic was collected."""
+        return site_tensor(layer, site, what) in self
+
+    def diagonal(self, layer: int | None, site: str) -> torch.Tensor:
+        """Mean of x^2 per channel, (d,) F32."""
+        return self._site(layer, site, "diagonal")
+
+    def second_moment(self, layer: int | None, site: str) -> torch.Tensor | None:
+        """Mean of x x^T, (d, d) F32, or None where only the diagonal was collected."""
+        return self._site(layer, site, "second_moment") if self.has(layer, site, "second_moment") else None
+
+    def absmax(self, layer: int | None, site: str) -> torch.Tensor:
+        """The largest |x| per channel, (d,) F32."""
+        return self._site(layer, site, "absmax")
+
+    def count(self, layer: int | None, site: str) -> int:
+        """The number of tokens behind a site's means."""
+        return int(self._site(layer, site, "count").item())
+
+    @property
+    def rotations(self) -> list[dict[str, Any]]:
+        """The rotations that the calibrated model had already gone through; statistics hold in that basis alone."""
+        return self.manifest.get("rotations", [])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """{"name", "sha256"} of the Hugging Face model behind the calibrated one."""
+        return self.manifest.get("source", {})
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """{"sha256", "tokens"} of the text."""
+        return self.manifest.get("calibration", {})
+
+
+def open_stats(path: Path) -> Stats:
+    """Open the folder that calibrate wrote."""
+    if not (path / MANIFEST).is_file():
+        raise RondelError(f"{path}: holds no statistics; expected a folder that rondel calibrate wrote")
+    manifest = read_manifest(path)
+    if manifest.get("kind") != "stats":
+        raise RondelError(f"{path}: holds {manifest.get('kind')!r}, the statistics of rondel calibrate are needed here")
+    return Stats(path, manifest)
