@@ -86,6 +86,7 @@ class Family:
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
     rope_layout: Literal["interleaved", "half"]  # pairs (2i, 2i+1), or (i, i + head_dim/2)
+    written_keys: tuple[str, ...] = ()  # GGUF hyperparameters beyond those of every family
 
     def linear(self, role: str) -> Linear:
         """The linear of that role."""

@@ -40,11 +40,6 @@ class Model:
     ROPE_FREQ_BASE = "rope.freq_base"
     ROPE_SCALING_TYPE = "rope.scaling.type"
     ROPE_SCALING_FACTOR = "rope.scaling.factor"
-    ROPE_SCALING_ORIGINAL_CONTEXT = "rope.scaling.original_context_length"
-    ROPE_SCALING_YARN_EXT_FACTOR = "rope.scaling.yarn_ext_factor"
-    ROPE_SCALING_YARN_ATTN_FACTOR = "rope.scaling.yarn_attn_factor"
-    ROPE_SCALING_YARN_BETA_FAST = "rope.scaling.yarn_beta_fast"
-    ROPE_SCALING_YARN_BETA_SLOW = "rope.scaling.yarn_beta_slow"
 
 
 class Tokenizer:

@@ -24,4 +24,5 @@ LLAMA = Family(
     linears=ATTENTION + SWIGLU,
     norms=NORMS,
     rope_layout="interleaved",
+    written_keys=("attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count"),
 )

@@ -26,4 +26,5 @@ QWEN3 = Family(
         NORMS[1],
     ),
     rope_layout="half",
+    written_keys=("attention.key_length", "attention.value_length"),
 )
