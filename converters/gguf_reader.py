@@ -14,7 +14,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import ALIGNMENT, MAGIC, VERSION, General
 from rondel.converters.gguf_writer import ARRAY, BOOL, NUMPY_TYPES, STRING, padded
 
-_DTYPES = {number: dtype for dtype, number in NUMPY_TYPES.items()}
+_DTYPES: dict[int, np.dtype[Any]] = {number: dtype for dtype, number in NUMPY_TYPES.items()}
 _SMALLEST_KEY = 13  # bytes: length of the name, type, one byte of value
 _SMALLEST_TENSOR = 24  # bytes: length of the name, number of dimensions, type, offset
 _MAX_DIMENSIONS = 4

@@ -20,7 +20,7 @@ from rondel.converters.gguf_keys import MAGIC, VERSION, Rondel
 
 # GGUF's numbers of the value types.
 BOOL, STRING, ARRAY = 7, 8, 9
-NUMPY_TYPES = {
+NUMPY_TYPES: dict[np.dtype[Any], int] = {
     np.dtype("<u1"): 0,
     np.dtype("<i1"): 1,
     np.dtype("<u2"): 2,
@@ -133,8 +133,8 @@ def write_gguf(
     with path.open("wb") as file:
         file.write(start)
         for index, entry in enumerate(entries):
-            data = np.ascontiguousarray(read(index)).reshape(-1).view(np.uint8)
-            assert data.size == entry.bytes
+            data = memoryview(np.ascontiguousarray(read(index)).reshape(-1).view(np.uint8))
+            assert len(data) == entry.bytes
             if hashes_at is not None:
                 digests.append(hashlib.sha256(data).hexdigest())
             file.write(data)

@@ -112,13 +112,15 @@ def _configured_ids(files: Mapping[str, Path]) -> dict[str, int]:
     """The ids in config.json; the ends of text also from generation_config.json."""
     ids: dict[str, int] = {}
     generation = read_json(files.get("generation_config.json"))
-    ends = {kind: generation.get(f"{kind}_token_id") for kind in ("bos", "eos")}
+    ends: dict[str, Any] = {}
+    for kind in ("bos", "eos"):
+        end = generation.get(f"{kind}_token_id")
+        ends[kind] = end[0] if isinstance(end, list) and end else end
     model = read_json(files.get("config.json"))
     for kind in _ID_KEYS:
         for found in (model.get(f"{kind}_token_id"), ends.get(kind)):
-            first = found[0] if isinstance(found, list) and found and found is ends.get(kind) else found
-            if isinstance(first, int) and not isinstance(first, bool):
-                ids.setdefault(kind, first)
+            if isinstance(found, int) and not isinstance(found, bool):
+                ids.setdefault(kind, found)
     return ids
 
 
