@@ -1,0 +1,47 @@
+/* What the encoders share: the task, and the three steps of every format: choose scales, round codes, pack bits.
+ *
+ * The error that is made least is sum over columns of importance * (weight - decoded weight)^2, with the scales as
+ * they are stored. With no importance every column counts the same. */
+#ifndef RONDEL_ENCODE_H
+#define RONDEL_ENCODE_H
+#include "formats.h"
+
+#define HALF_MAX 65504.0f
+#define HALF_LEAST 5.9604644775390625e-8f /* 2^-24, the smallest subnormal */
+
+struct encode_task {
+    int format;
+    const float *weights;    /* (rows, cols), all finite and within encode_limit(format) */
+    const float *importance; /* (cols,), positive, mean 1 */
+    int64_t rows, cols;
+    uint8_t *packed;
+};
+
+/* The scale as it is stored: nearest half, finite, and not zero unless the wish is. */
+uint16_t scale_to_half(float wish);
+
+/* Encodes rows [first, last) of a task; `first` is a multiple of the format's rows. */
+void encode_floats(const struct encode_task *task, int64_t first, int64_t last);      /* F32, F16, BF16 */
+void encode_blocks(const struct encode_task *task, int64_t first, int64_t last);      /* blocks of 32 */
+void encode_superblocks(const struct encode_task *task, int64_t first, int64_t last); /* K types, 256 */
+void encode_tiles(const struct encode_task *task, int64_t first, int64_t last);       /* U2, U4, U8 */
+
+/* Bits of one block from its codes, in column order, and its stored scales. */
+void pack_q8_0(const uint8_t *codes, uint16_t d, uint8_t *block);
+void pack_nibbles(const uint8_t *codes, uint8_t *block);                   /* 32 codes of 4 bits: 16 bytes */
+void pack_fifth_bits(const uint8_t *codes, uint8_t *bits);                 /* bit 4 of 32 codes: 4 bytes */
+
+/* A K type's superblock between choice and packing: scales and mins are small whole numbers. */
+struct superblock {
+    uint16_t d, dmin;
+    int8_t scale[16];
+    uint8_t min[16];
+    uint8_t codes[256];
+};
+void pack_q2_k(const struct superblock *from, uint8_t *block);
+void pack_q3_k(const struct superblock *from, uint8_t *block);
+void pack_q4_k(const struct superblock *from, uint8_t *block);
+void pack_q5_k(const struct superblock *from, uint8_t *block);
+void pack_q6_k(const struct superblock *from, uint8_t *block);
+
+#endif

@@ -1,0 +1,107 @@
+/* Codes and stored scales to the bytes of ggml's blocks; nothing here chooses anything. */
+#include "encode.h"
+
+#include <string.h>
+
+static void put_half(uint8_t *to, uint16_t half) {
+    to[0] = (uint8_t)half;
+    to[1] = (uint8_t)(half >> 8);
+}
+
+/* d, then 32 int8 */
+void pack_q8_0(const uint8_t *codes, uint16_t d, uint8_t *block) {
+    put_half(block, d);
+    memcpy(block + 2, codes, 32);
+}
+
+/* byte j = code j | code (j + 16) << 4 */
+void pack_nibbles(const uint8_t *codes, uint8_t *block) {
+    for (int j = 0; j < 16; j++) block[j] = (uint8_t)((codes[j] & 15) | (codes[j + 16] & 15) << 4);
+}
+
+/* bit j of a little-endian word = bit 4 of code j */
+void pack_fifth_bits(const uint8_t *codes, uint8_t *bits) {
+    memset(bits, 0, 4);
+    for (int j = 0; j < 32; j++) bits[j / 8] |= (uint8_t)((codes[j] >> 4 & 1) << j % 8);
+}
+
+/* Four planes of 2 bits per 128 columns: byte l of 32 holds columns l, l + 32, l + 64, l + 96. */
+static void pack_two_bits(const uint8_t *codes, uint8_t *to) {
+    for (int j = 0; j < 256; j += 128)
+        for (int l = 0; l < 32; l++) {
+            const uint8_t *c = codes + j + l;
+            to[j / 4 + l] = (uint8_t)((c[0] & 3) | (c[32] & 3) << 2 | (c[64] & 3) << 4 | (c[96] & 3) << 6);
+        }
+}
+
+/* 16 bytes (scale | min << 4), 64 bytes of codes, d, dmin */
+void pack_q2_k(const struct superblock *from, uint8_t *block) {
+    for (int s = 0; s < 16; s++) block[s] = (uint8_t)(from->scale[s] | from->min[s] << 4);
+    pack_two_bits(from->codes, block + 16);
+    put_half(block + 80, from->d);
+    put_half(block + 82, from->dmin);
+}
+
+/* 32 bytes of third bits (bit c / 32 of byte c % 32 for column c), 64 of the lower two, 12 of scales + 32, d.
+ * Scale bytes: low nibbles of 0..7, high nibbles of them for 8..15; then bits 4 and 5 of s at 2 (s / 4) of byte 8 + s % 4. */
+void pack_q3_k(const struct superblock *from, uint8_t *block) {
+    uint8_t *scales = block + 96;
+    memset(block, 0, 32);
+    memset(scales, 0, 12);
+    for (int c = 0; c < 256; c++) block[c % 32] |= (uint8_t)((from->codes[c] >> 2 & 1) << c / 32);
+    pack_two_bits(from->codes, block + 32);
+    for (int s = 0; s < 16; s++) {
+        int stored = from->scale[s] + 32;
+        scales[s % 8] |= (uint8_t)((stored & 15) << 4 * (s / 8));
+        scales[8 + s % 4] |= (uint8_t)((stored >> 4) << 2 * (s / 4));
+    }
+    put_half(block + 108, from->d);
+}
+
+/* Eight 6-bit scales and mins in 12 bytes: bytes 0..3 scales and 4..7 mins of 0..3 in the low six bits; bytes 8..11
+ * low nibbles of 4..7 (scale | min << 4), whose upper two bits lie on top of bytes 0..3 and 4..7. */
+static void pack_six_bits(const struct superblock *from, uint8_t *to) {
+    for (int s = 0; s < 4; s++) {
+        to[s] = (uint8_t)(from->scale[s] | (from->scale[s + 4] >> 4) << 6);
+        to[s + 4] = (uint8_t)(from->min[s] | (from->min[s + 4] >> 4) << 6);
+        to[s + 8] = (uint8_t)((from->scale[s + 4] & 15) | (from->min[s + 4] & 15) << 4);
+    }
+}
+
+/* Per 64 columns 32 bytes: low nibble column l, high nibble column l + 32. */
+static void pack_nibble_pairs(const uint8_t *codes, uint8_t *to) {
+    for (int j = 0; j < 256; j += 64)
+        for (int l = 0; l < 32; l++)
+            to[j / 2 + l] = (uint8_t)((codes[j + l] & 15) | (codes[j + l + 32] & 15) << 4);
+}
+
+/* d, dmin, 12 bytes of scales, 128 of codes */
+void pack_q4_k(const struct superblock *from, uint8_t *block) {
+    put_half(block, from->d);
+    put_half(block + 2, from->dmin);
+    pack_six_bits(from, block + 4);
+    pack_nibble_pairs(from->codes, block + 16);
+}
+
+/* d, dmin, 12 bytes of scales, 32 of fifth bits (bit c / 32 of byte c % 32), 128 of low nibbles */
+void pack_q5_k(const struct superblock *from, uint8_t *block) {
+    put_half(block, from->d);
+    put_half(block + 2, from->dmin);
+    pack_six_bits(from, block + 4);
+    memset(block + 16, 0, 32);
+    for (int c = 0; c < 256; c++) block[16 + c % 32] |= (uint8_t)((from->codes[c] >> 4 & 1) << c / 32);
+    pack_nibble_pairs(from->codes, block + 48);
+}
+
+/* Per 128 columns 64 bytes of low nibbles (byte l of 64: columns l and l + 64) and 32 of upper two bits (columns l,
+ * l + 32, l + 64, l + 96); all low nibbles first; then 16 int8 scales and d. */
+void pack_q6_k(const struct superblock *from, uint8_t *block) {
+    for (int j = 0; j < 256; j += 128) {
+        const uint8_t *c = from->codes + j;
+        for (int l = 0; l < 64; l++) block[j / 2 + l] = (uint8_t)((c[l] & 15) | (c[l + 64] & 15) << 4);
+        for (int l = 0; l < 32; l++)
+            block[128 + j / 4 + l] = (uint8_t)(c[l] >> 4 | (c[l + 32] >> 4) << 2 | (c[l + 64] >> 4) << 4 | (c[l + 96] >> 4) << 6);
+    }
+    memcpy(block + 192, from->scale, 16);
+    put_half(block + 208, from->d);
+}

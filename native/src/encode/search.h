@@ -1,0 +1,163 @@
+/* The scale search of one sub-block a lane: candidates on a grid, each refitted in closed form, then alternation.
+ *
+ * For fixed codes the best scale (and offset) is a weighted least-squares solution; for fixed scales the best codes
+ * are the nearest levels. A grid of ranges finds the basin, alternating the two finds its bottom. */
+#ifndef RONDEL_ENCODE_SEARCH_H
+#define RONDEL_ENCODE_SEARCH_H
+#include "lanes.h"
+
+#define ALTERNATIONS 3 /* of refit and rounding after the grid; more change nothing that can be measured */
+
+/* The levels of a format with a scale alone: weight = scale * level. Uniform: level = code + offset with code a whole
+ * number in [lo, hi]. `table`, where set, holds 16 levels in rising order. */
+struct levels {
+    float lo, hi, offset;
+    const float *table;
+    float first, step; /* the grid: scale = largest magnitude / (first + i * step) */
+    int count, both_signs;
+};
+
+/* The level nearest to v. */
+INLINE vec nearest_level(const struct levels levels, vec v) {
+    if (levels.table) {
+        vec level = splat(levels.table[0]);
+        for (int i = 1; i < 16; i++) {
+            float edge = 0.5f * (levels.table[i - 1] + levels.table[i]);
+            vec jump = splat(levels.table[i] - levels.table[i - 1]);
+            level += (vec)((mask)jump & (v > edge));
+        }
+        return level;
+    }
+    return whole_within(v - levels.offset, levels.lo, levels.hi) + levels.offset;
+}
+
+/* Sums over a lane for codes rounded with `scale`: w x q and w q q. */
+INLINE void project(const vec *x, const vec *w, int depth, const struct levels levels, vec scale, vec *xq, vec *qq) {
+    vec inv = inverse(scale), a = splat(0), b = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec q = nearest_level(levels, x[i] * inv), wq = w[i] * q;
+        a += wq * x[i];
+        b += wq * q;
+    }
+    *xq = a;
+    *qq = b;
+}
+
+/* Weighted squared error of a lane for codes rounded with `scale`. */
+INLINE vec scale_error(const vec *x, const vec *w, int depth, const struct levels levels, vec scale) {
+    vec inv = inverse(scale), error = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec e = x[i] - scale * nearest_level(levels, x[i] * inv);
+        error += w[i] * e * e;
+    }
+    return error;
+}
+
+/* The scale of every lane. The error of refitted codes is sum w x x - (w x q)^2 / (w q q): the gain is made largest. */
+INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct levels levels) {
+    vec largest = splat(0), best = splat(0), gain = splat(0), xq, qq;
+    for (int i = 0; i < depth; i++) largest = greater(largest, magnitude(x[i]));
+    int grid = levels.count << levels.both_signs;
+    for (int i = 0; i < grid + ALTERNATIONS; i++) {
+        float divisor = levels.first + (float)(i >> levels.both_signs) * levels.step;
+        vec candidate = i < grid ? largest / (i & levels.both_signs ? -divisor : divisor) : best;
+        project(x, w, depth, levels, candidate, &xq, &qq);
+        vec refit = ratio(xq, qq), won = xq * refit;
+        best = pick(won > gain, refit, best);
+        gain = greater(gain, won);
+    }
+    return best;
+}
+
+/* Sums of a lane that give the error of any scale t and offset u (weight = t q + u) for fixed codes. */
+struct moments {
+    vec w, x, xx, q, qq, xq; /* each weighted: sum w, sum w x, sum w x x, ... */
+};
+
+INLINE void fixed_moments(const vec *x, const vec *w, int depth, struct moments *m) {
+    m->w = m->x = m->xx = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec wx = w[i] * x[i];
+        m->w += w[i];
+        m->x += wx;
+        m->xx += wx * x[i];
+    }
+}
+
+INLINE void code_moments(const vec *x, const vec *w, int depth, float top, vec t, vec u, struct moments *m) {
+    vec inv = inverse(t), sq = splat(0), sqq = splat(0), sxq = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec q = whole_within((x[i] - u) * inv, 0, top), wq = w[i] * q;
+        sq += wq;
+        sqq += wq * q;
+        sxq += wq * x[i];
+    }
+    m->q = sq;
+    m->qq = sqq;
+    m->xq = sxq;
+}
+
+INLINE vec moments_error(const struct moments *m, vec t, vec u) {
+    vec error = m->xx + t * (t * m->qq - 2.0f * m->xq) + u * (u * m->w - 2.0f * m->x) + 2.0f * t * u * m->q;
+    return greater(error, splat(0));
+}
+
+/* Weighted squared error of a lane with codes rounded for scale t and offset u. */
+INLINE vec affine_error(const vec *x, const vec *w, int depth, float top, vec t, vec u) {
+    vec inv = inverse(t), error = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec e = (x[i] - u) - t * whole_within((x[i] - u) * inv, 0, top);
+        error += w[i] * e * e;
+    }
+    return error;
+}
+
+/* Best t and u for fixed codes; sign < 0 keeps u <= 0, sign > 0 keeps u >= 0, 0 leaves it free. */
+INLINE void refit_affine(const struct moments *m, int sign, vec *t, vec *u) {
+    vec determinant = m->w * m->qq - m->q * m->q;
+    mask flat = determinant <= 1e-6f * m->w * m->qq; /* one code alone: no slope in the data */
+    vec fit_t = ratio(m->w * m->xq - m->q * m->x, determinant), fit_u = ratio(m->x - fit_t * m->q, m->w);
+    mask refused = sign == 0 ? flat : (sign < 0 ? (flat | (fit_u > 0.0f)) : (flat | (fit_u < 0.0f)));
+    *t = pick(refused, ratio(m->xq, m->qq), fit_t);
+    *u = pick(refused, splat(0), fit_u);
+}
+
+/* Ranges tried: both ends of [least, largest] move inwards (or outwards) by i * step of it, i = first ... */
+struct ranges {
+    float first, step;
+    int count;
+};
+
+/* The scale and offset of every lane: weight = t q + u with q in 0..top. */
+INLINE void search_affine(const vec *x, const vec *w, int depth, float top, const struct ranges ranges, int sign,
+                          struct moments *m, vec *best_t, vec *best_u) {
+    vec least = x[0], most = x[0], t, u;
+    for (int i = 1; i < depth; i++) {
+        least = lesser(least, x[i]);
+        most = greater(most, x[i]);
+    }
+    if (sign < 0) least = lesser(least, splat(0));
+    if (sign > 0) least = greater(least, splat(0));
+    vec width = most - least;
+    fixed_moments(x, w, depth, m);
+    *best_t = width / top;
+    *best_u = least;
+    vec best = affine_error(x, w, depth, top, *best_t, *best_u);
+    int grid = ranges.count * ranges.count;
+    for (int i = 0; i < grid + ALTERNATIONS; i++) {
+        float low = ranges.first + (float)(i / ranges.count) * ranges.step;
+        float high = ranges.first + (float)(i % ranges.count) * ranges.step;
+        t = i < grid ? width * ((1.0f - low - high) / top) : *best_t;
+        u = i < grid ? least + width * low : *best_u;
+        code_moments(x, w, depth, top, t, u, m);
+        refit_affine(m, sign, &t, &u);
+        vec error = moments_error(m, t, u);
+        mask better = error < best;
+        *best_t = pick(better, t, *best_t);
+        *best_u = pick(better, u, *best_u);
+        best = pick(better, error, best);
+    }
+    code_moments(x, w, depth, top, *best_t, *best_u, m);
+}
+
+#endif
