@@ -40,6 +40,8 @@ rondel_file *rondel_file_open(const char *path);
 void rondel_file_close(rondel_file *file);
 uint32_t rondel_file_version(const rondel_file *file);
 uint64_t rondel_file_alignment(const rondel_file *file);
+int32_t rondel_file_shard_count(const rondel_file *file);
+const char *rondel_file_shard_path(const rondel_file *file, int32_t shard);
 int64_t rondel_file_key_count(const rondel_file *file);
 const char *rondel_file_key_name(const rondel_file *file, int64_t index, uint64_t *length);
 int32_t rondel_file_key_type(const rondel_file *file, int64_t index);          /* GGUF value type, 9 = array */
@@ -53,6 +55,7 @@ int32_t rondel_file_tensor_type(const rondel_file *file, int64_t index);       /
 const char *rondel_file_tensor_format(const rondel_file *file, int64_t index); /* resolves rondel.tensor.* */
 int32_t rondel_file_tensor_shape(const rondel_file *file, int64_t index, uint64_t shape[4]); /* ne0 first; returns dims */
 const void *rondel_file_tensor_data(const rondel_file *file, int64_t index, uint64_t *bytes, uint64_t *offset);
+int32_t rondel_file_tensor_shard(const rondel_file *file, int64_t index);      /* which file its offset counts in */
 /* 0 = every block scale is finite; 1 = not (last_error names the tensor and the block); <0 = cannot check */
 int32_t rondel_file_tensor_check(const rondel_file *file, int64_t index);
 
