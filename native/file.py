@@ -80,8 +80,17 @@ class File:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self._handle: Any = None
-        self._handle = ffi.gc(check_handle(lib.rondel_file_open(fsencode(path))), lib.rondel_file_close)
+        self._attach(ffi.gc(check_handle(lib.rondel_file_open(fsencode(path))), lib.rondel_file_close), None)
+
+    @classmethod
+    def borrow(cls, handle: Any, owner: object) -> File:
+        """The file behind a C handle that `owner` will close."""
+        file = cls.__new__(cls)
+        file._attach(handle, owner)
+        return file
+
+    def _attach(self, handle: Any, owner: object) -> None:
+        self._handle, self._owner = handle, owner
         self.keys = Keys(self)
         self.tensors = [self._tensor(i) for i in range(lib.rondel_file_tensor_count(self.handle))]
 
@@ -123,9 +132,9 @@ class File:
 
     def close(self) -> None:
         """Unmaps the file. What `data` returned must not be used any more."""
-        if self._handle is not None:
+        if self._handle is not None and self._owner is None:
             ffi.release(self._handle)
-            self._handle = None
+        self._handle = self._owner = None
 
     def __enter__(self) -> File:
         return self

@@ -1,0 +1,24 @@
+/* Linear layers on prepared activations: pack an input row once, multiply it with rows of every matrix that reads it. */
+#ifndef RONDEL_LINEAR_H
+#define RONDEL_LINEAR_H
+#include <stdint.h>
+
+#include "model.h"
+
+/* Linears that read the same input, and where each one's preparation of it lies. */
+struct linear_group {
+    const struct linear *linear[3];
+    int count;
+    uint8_t *packed[3]; /* (tokens, activation_bytes); linears that prepare alike share the first one's */
+};
+
+/* buffers: one for each linear. */
+struct linear_group linear_group_of(const struct linear *const *linears, int count, uint8_t *const *buffers);
+/* Prepares the input x (cols) of `token` for every linear of the group. */
+void linear_pack(const struct linear_group *group, int token, const float *x);
+/* Rows [first, last) of linear `index` for n tokens: out[token * stride + row], scale and bias applied. */
+void linear_rows(const struct linear_group *group, int index, int64_t first, int64_t last, int n, float *out,
+                 int64_t stride);
+uint64_t linear_bytes(const struct linear *linear); /* read by one pass over it */
+
+#endif

@@ -1,0 +1,36 @@
+/* A session: one inference timeline on a model, with its KV cache, threads and scratch. */
+#ifndef RONDEL_SESSION_H
+#define RONDEL_SESSION_H
+#include <stdint.h>
+
+#include "kv.h"
+#include "model.h"
+#include "plan.h"
+#include "pool.h"
+
+enum { LINEARS_MAX = 3 }; /* that share one input: q, k, v */
+
+struct rondel_session {
+    const struct rondel_model *model;
+    const struct plan *plan;
+    struct pool *pool;
+    struct kv kv;
+    int context, batch, length;
+    uint64_t bytes_read, memory;
+    /* Scratch for up to `batch` tokens at a time. */
+    float *x, *input, *branch;      /* (batch, width): residual stream; that of a parallel group and of one member */
+    float *normed;                  /* (batch, width) */
+    float *update;                  /* (batch, width): what attention or FFN will add to the residual stream */
+    float *q, *heads;               /* (batch, heads * head_dim): queries, and what attention makes of them */
+    float *k, *v;                   /* (batch, kv_heads * head_dim) */
+    float *gate, *up;               /* (batch, hidden) */
+    float *rope;                    /* (batch, head_dim): cosines and sines of each token's position */
+    uint8_t *packed[LINEARS_MAX];   /* (batch rows, prepared for a matmul), one for each kind of preparation */
+    uint8_t *thread_scratch;        /* (threads, thread_bytes) */
+    size_t thread_bytes;
+};
+
+/* Runs tokens[0..n) (n <= batch) at `position`; the caller has checked both. logits: of the last token, or of all. */
+void forward(struct rondel_session *session, const int32_t *tokens, int n, int position, int all, float *logits);
+
+#endif
