@@ -133,7 +133,7 @@ def write_gguf(
     with path.open("wb") as file:
         file.write(start)
         for index, entry in enumerate(entries):
-            data = memoryview(np.ascontiguousarray(read(index)).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(read(index)).reshape(-1).view(np.uint8).data
             assert len(data) == entry.bytes
             if hashes_at is not None:
                 digests.append(hashlib.sha256(data).hexdigest())
