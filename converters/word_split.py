@@ -23,6 +23,9 @@ _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 _STARCODER = (r"\p{N}", *_GPT2)
 _LLAMA3 = (_words(r"\p{N}{1,3}"),)
 _QWEN2 = (_words(r"\p{N}"),)
+_QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LAST_SPACES}",
+)
 # Letters are told apart by ASCII case alone, as llama.cpp does: every other letter counts as both cases.
 _UPPER, _LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
 
@@ -87,6 +90,7 @@ _KINDS: tuple[tuple[tuple[str, ...], WordSplit], ...] = (
     (("dbrx", "smaug-bpe", "chatglm-bpe"), WordSplit(_LLAMA3)),
     (("glm4", "glm5"), WordSplit(_LLAMA3, whole_words=True)),
     (("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "grok-2"), WordSplit(_QWEN2)),
+    (("qwen35",), WordSplit(_QWEN35)),
     (("deepseek-llm",), WordSplit(_DEEPSEEK_LLM)),
     (("deepseek-coder",), WordSplit(_DEEPSEEK_CODER)),
     (("deepseek-v3", "hunyuan-dense"), WordSplit(_DEEPSEEK3)),
