@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT
+from rondel.converters.imatrix import read_imatrix
 from rondel.converters.stats import OUTPUT_IN, Stats
 
 Means = NDArray[np.float32]
@@ -20,10 +22,11 @@ Means = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Importance:
-    """E[x^2] of the inputs of each matrix, read when asked for; `calibration` says of which text."""
+    """E[x^2] of the inputs of each matrix, read when asked for: from `stats`, or else from `matrices`."""
 
     stats: Stats | None = None
     matrices: Mapping[str, Means] = field(default_factory=dict)  # of an imatrix file, by canonical tensor name
+    name: str = "the statistics"  # for messages
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, source: Checkpoint, name: str) -> Means | None:
@@ -48,6 +51,16 @@ class Importance:
         return digest.hexdigest()
 
 
+def open_imatrix(path: Path) -> Importance:
+    """The means of an imatrix file, of llama.cpp or of calibrate."""
+    return Importance(matrices=read_imatrix(path).values, name=str(path))
+
+
+def importance_of(stats: Stats) -> Importance:
+    """The means that calibrate measured."""
+    return Importance(stats=stats, name=str(stats.root), calibration=stats.calibration)
+
+
 def _site(source: Checkpoint, name: str) -> tuple[int | None, str | None]:
     if name == OUTPUT:
         return None, OUTPUT_IN
@@ -62,7 +75,7 @@ def check_importance(importance: Importance, source: Checkpoint, names: list[str
     rotations = source.manifest.get("rotations", [])
     if importance.stats is not None and importance.stats.rotations != rotations:
         raise RondelError(
-            f"{importance.stats.root}: was measured in another basis than {source.root} is in "
+            f"{importance.name}: was measured in another basis than {source.root} is in "
             f"({len(importance.stats.rotations)} rotations against {len(rotations)}); "
             "use the statistics that rotate wrote, or calibrate the rotated model"
         )
@@ -76,5 +89,6 @@ def check_importance(importance: Importance, source: Checkpoint, names: list[str
         cols = source.info(name).shape[1]
         if means is not None and means.shape != (cols,):
             raise RondelError(
-                f"{name}: the statistics have {means.size} channels, its rows have {cols}; they are of another model"
+                f"{importance.name}: has {list(means.shape)} channels for {name}, whose rows have {cols}; "
+                "it is of another model"
             )

@@ -23,9 +23,9 @@ from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
-from rondel.native.formats import Bytes, Floats, decode, encode, format_bytes, formats
+from rondel.native.formats import Bytes, Floats, decode, encode, format_bytes
 from rondel.native.library import NativeError
-from rondel.quant.importance import Importance, Means, check_importance
+from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.mixtures import (
     Choice,
     Policy,
@@ -117,7 +117,7 @@ def _patterns(config: QuantizeConfig, names: list[str]) -> tuple[tuple[re.Patter
 
 
 def _as_importance(stats: Stats | Importance | None) -> Importance | None:
-    return Importance(stats=stats, calibration=stats.calibration) if isinstance(stats, Stats) else stats
+    return importance_of(stats) if isinstance(stats, Stats) else stats
 
 
 def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> _Task:
@@ -144,7 +144,9 @@ def _warnings(
         check_importance(importance, source, list(choices))
         missing = [name for name in choices if name != EMBEDDING and importance.of(source, name) is None]
         if missing:
-            warnings.append(f"no statistics for {len(missing)} matrices, {missing[0]} first: their channels count the same")
+            warnings.append(
+                f"no statistics for {len(missing)} matrices, {missing[0]} first: their channels count the same"
+            )
     fallbacks = [name for name, choice in choices.items() if choice.fallback]
     if fallbacks:
         warnings.append(f"{len(fallbacks)} matrices have rows that do not fit their format and get another one")
