@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rondel.converters.progress import Progress, silent
 
+LONGEST_CELL = 160  # characters of a value: a chat template is not read in a table
 LOG_INTERVAL = 5.0  # seconds between two progress lines in a log
 
 
@@ -89,10 +91,19 @@ def _flat(told: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in told.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            yield prefix + key, ", ".join(map(str, value)) or "none"
+        elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+            yield from _flat({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
         else:
-            yield prefix + key, f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield prefix + key, _cell(value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value) if value != {} and value is not None else "none"
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]!r}... ({len(text)} characters)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -119,3 +130,25 @@ def size(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
+
+
+def plan(told: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a stage would do, for --dry-run."""
+    result(told, lines(told), as_json=as_json, quiet=False)
+
+
+def written(command: str, output: Path, manifest: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Print what a stage wrote: the folder, its tensors by format and its size on disk."""
+    formats: dict[str, int] = {}
+    for entry in manifest["tensors"].values():
+        formats[entry["format"]] = formats.get(entry["format"], 0) + 1
+    stored = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    told = {
+        "command": command,
+        "output": str(output),
+        "bytes": stored,
+        "tensors": formats,
+        "stages": manifest["stages"],
+    }
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+    result(told, f"{output}  {size(stored)}  {counts}", as_json=as_json, quiet=quiet)

@@ -41,3 +41,15 @@ DryRunOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+HoldingArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A GGUF file, or a folder that an earlier command wrote.")
+]
+# Scripts may pass the same options to every stage, also where a stage has no use for one.
+UnusedSeedOption = Annotated[int, typer.Option("--seed", help="Accepted by every stage; this one has nothing random.")]
+UnusedTargetOption = Annotated[
+    Target | None, typer.Option("--target", help="Accepted by every stage; this one's output is the same for both.")
+]
+UnusedDeviceOption = Annotated[str, typer.Option("--device", help="Accepted by every stage; this one needs no device.")]
+UnusedThreadsOption = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Accepted by every stage; this one waits for the disk.")
+]

@@ -41,12 +41,12 @@ def digest_of(value: Any) -> str:
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a folder that a rondel stage wrote."""
     path = root / MANIFEST
+    if not path.is_file():
+        raise RondelError(f"{root}: holds no {MANIFEST}; expected a folder that a rondel stage wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RondelError(
-            f"{path}: cannot be read as a manifest ({error}); run the stage that made it again"
-        ) from error
+        raise RondelError(f"{path}: not readable as a manifest ({error}); run its stage again") from error
     if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
         found = manifest.get("manifest_version") if isinstance(manifest, dict) else type(manifest).__name__
         raise RondelError(f"{path}: expected manifest version {MANIFEST_VERSION}, got {found!r}; update rondel")

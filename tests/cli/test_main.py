@@ -84,9 +84,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     program = (
-        "from rondel.cli import main\n"
-        "main.app = lambda **_: [print('x' * 100) for _ in range(10000)]\n"
-        "main.main()"
+        "from rondel.cli import main\nmain.app = lambda **_: [print('x' * 100) for _ in range(10000)]\nmain.main()"
     )
     writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert writer.stdout is not None and writer.stderr is not None

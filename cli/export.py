@@ -1,0 +1,107 @@
+"""`rondel export`: options to ExportConfig, one call, one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rondel.cli import console
+from rondel.cli.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    QuietOption,
+    TargetOption,
+    UnusedDeviceOption,
+    UnusedSeedOption,
+    UnusedThreadsOption,
+)
+from rondel.converters.errors import RondelError
+
+UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, as llama.cpp counts them: "2G" is two thousand million."""
+    digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
+    if not (digits.isdecimal() and int(digits)):
+        raise RondelError(f"--split {text}: expected a number of bytes such as 500M or 2G")
+    return int(digits) * unit
+
+
+def export(
+    model: ModelArgument,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The file, or a folder (made if it ends in /) that gets GGUF's usual name.",
+        ),
+    ],
+    type_: Annotated[
+        Literal["F16", "F32", "BF16"] | None,
+        typer.Option("--type", help="For the matrices of a model that is not quantized. Default: as they are stored."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="SIZE", help="Start a new file after 500M, 2G, ...")
+    ] = None,
+    materialize: Annotated[
+        bool, typer.Option("--materialize", help="Write layers that run twice as two layers.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The model's name in the file. Default: its folder's.")
+    ] = None,
+    pre: Annotated[
+        str | None, typer.Option("--pre", help="llama.cpp's name of the pre-tokenizer, where rondel does not know it.")
+    ] = None,
+    seed: UnusedSeedOption = 0,
+    target: TargetOption = None,
+    threads: UnusedThreadsOption = None,
+    device: UnusedDeviceOption = "cpu",
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL as a GGUF file.
+
+    MODEL may be quantized or not. Files for llama.cpp run in every llama.cpp since spring 2024; files that need
+    rondel's own runtime say so, and llama.cpp refuses them.
+
+    Example:
+
+    \b
+      rondel export MODEL --type F16 -o model.gguf
+      rondel export quantized/ --split 2G -o files/
+    """
+    from rondel.converters import export as stage
+    from rondel.converters.checkpoint import open_checkpoint
+
+    out = Path(output)
+    config = stage.ExportConfig(
+        type=type_,
+        split=parse_size(split) if split else None,
+        materialize=materialize,
+        target=target,
+        name=name,
+        pre=pre,
+    )
+    source = open_checkpoint(model)
+    if dry_run:
+        return console.plan(stage.plan(source, out, config), as_json=as_json)
+    if output.endswith("/"):
+        out.mkdir(parents=True, exist_ok=True)
+    with console.progress(quiet=quiet) as progress:
+        files = stage.export(source, out, config, force=force, progress=progress)
+    told = {
+        "command": "export",
+        "files": [str(file) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    text = "\n".join(f"{file}  {console.size(file.stat().st_size)}" for file in files)
+    return console.result(told, text, as_json=as_json, quiet=quiet)

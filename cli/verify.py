@@ -1,0 +1,152 @@
+"""`rondel verify`: nothing of a file is believed until it was checked, byte by byte if need be."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rondel.cli import console
+from rondel.cli.options import HoldingArgument, JsonOption, QuietOption
+from rondel.converters.errors import RondelError
+from rondel.converters.progress import Progress
+
+if TYPE_CHECKING:
+    from rondel.native import File, Tensor
+
+DIGITS = 64  # of a sha256
+SHOWN = 5  # failures told in the error line; the number of all stands behind them
+
+
+def verify(
+    path: HoldingArgument,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest", metavar="DIR", help="The folder that the GGUF file was exported from: compare its hashes too."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check every length, scale and hash of a GGUF file or a rondel folder.
+
+    A GGUF file is parsed whole; each tensor must lie where the one before it ends, every block's scale must be finite,
+    and its bytes must have the sha256 that export recorded in the file, and with --manifest the checkpoint's. Of a folder, every shard's bytes must have
+    the sha256 of its manifest. The exit code is 1 where anything is wrong.
+
+    Example:
+
+    \b
+      rondel verify model.gguf --manifest quantized/
+    """
+    with console.progress(quiet=quiet) as progress:
+        if path.is_dir():
+            told, failures = verify_folder(path, progress)
+        else:
+            told, failures = verify_file(path, manifest, progress)
+    told |= {"path": str(path), "failures": failures, "ok": not failures}
+    console.result(told, _text(told), as_json=as_json, quiet=quiet or bool(failures))
+    if failures:
+        more = f", and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+        raise RondelError(f"{path}: {len(failures)} failed: {'; '.join(failures[:SHOWN])}{more}")
+
+
+def verify_file(path: Path, manifest: Path | None, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+    """What was checked in a GGUF file (all its parts), and a sentence for each thing that is wrong."""
+    from rondel.converters.manifest import read_manifest, tensor_infos
+    from rondel.native import File
+
+    infos = tensor_infos(read_manifest(manifest)) if manifest else {}
+    hashes, converted = 0, 0
+    with File(path) as file:  # a wrong length anywhere raises here, and names it
+        failures = _gaps(file)
+        recorded = _recorded_hashes(file, failures)
+        for done, tensor in enumerate(file.tensors):
+            progress(done, len(file.tensors), tensor.name)
+            failures += _damage(file, tensor)
+            expected = {"the file's own record": recorded.get(tensor.name)}
+            info = infos.pop(tensor.name, None)
+            if info is not None and info.format == tensor.format:
+                expected[f"{manifest}"] = info.sha256
+            elif info is not None:
+                converted += 1  # F32 to F16, say: other bytes, by intention
+            known = {where: sha256 for where, sha256 in expected.items() if sha256 is not None}
+            if known:
+                found = hashlib.sha256(file.data(tensor)).hexdigest()
+                hashes += len(known)
+                failures += [
+                    f"{tensor.name}: its bytes differ from {where}" for where in known if known[where] != found
+                ]
+        progress(len(file.tensors), len(file.tensors), "verified")
+        failures += [f"{name}: is in {manifest} and not in the file" for name in infos]
+        told = {"tensors": len(file.tensors), "bytes": sum(t.bytes for t in file.tensors), "parts": len(file.shards)}
+    return told | {"hashes_compared": hashes, "converted_by_export": converted}, failures
+
+
+def _damage(file: File, tensor: Tensor) -> list[str]:
+    found = file.damage(tensor)
+    return [found] if found else []
+
+
+def _recorded_hashes(file: File, failures: list[str]) -> dict[str, str]:
+    """The hashes that export wrote into each part, by tensor; none for files of other programs."""
+    from rondel.converters.gguf_keys import Rondel
+    from rondel.converters.gguf_reader import GgufFile
+
+    hashes = {}
+    for number, shard in enumerate(file.shards):
+        joined = GgufFile(Path(shard)).keys.get(Rondel.TENSOR_SHA256)
+        names = [tensor.name for tensor in file.tensors if tensor.shard == number]
+        if isinstance(joined, str) and len(joined) == DIGITS * len(names):
+            hashes |= {name: joined[DIGITS * i : DIGITS * (i + 1)] for i, name in enumerate(names)}
+        elif joined is not None:
+            failures.append(
+                f"{shard}: {Rondel.TENSOR_SHA256} should hold {DIGITS} digits for each of {len(names)} tensors"
+            )
+    return hashes
+
+
+def _gaps(file: File) -> list[str]:
+    """A sentence for each tensor that does not begin, aligned, where the one before it ends, and for what is behind."""
+    failures = []
+    ends: dict[int, int] = {}
+    for tensor in file.tensors:
+        expected = ends.get(tensor.shard, tensor.offset)  # the first one's place is checked by the parser
+        if tensor.offset != expected:
+            failures.append(f"{tensor.name}: begins at byte {tensor.offset}, expected {expected}")
+        end = tensor.offset + tensor.bytes
+        ends[tensor.shard] = -(-end // file.alignment) * file.alignment
+    for number, end in ends.items():
+        size = Path(file.shards[number]).stat().st_size
+        if size > end:
+            failures.append(f"{file.shards[number]}: {size - end} bytes follow the last tensor")
+    return failures
+
+
+def verify_folder(path: Path, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+    """What was checked in a stage's folder, and a sentence for each thing that is wrong."""
+    from rondel.converters.manifest import read_manifest, sha256_of_span, shard_spans, tensor_infos
+
+    infos = tensor_infos(read_manifest(path))
+    spans = {shard: shard_spans(path / shard) for shard in dict.fromkeys(info.shard for info in infos.values())}
+    failures, stored = [], 0
+    for done, info in enumerate(infos.values()):
+        progress(done, len(infos), info.name)
+        span = spans[info.shard].get(info.name)
+        if span is None:
+            failures.append(f"{info.name}: is in the manifest and not in {info.shard}")
+            continue
+        stored += span[1] - span[0]
+        if sha256_of_span(path / info.shard, span) != info.sha256:
+            failures.append(f"{info.name}: its bytes in {info.shard} differ from the manifest")
+    progress(len(infos), len(infos), "verified")
+    return {"tensors": len(infos), "bytes": stored, "hashes_compared": len(infos)}, failures
+
+
+def _text(told: dict[str, Any]) -> str:
+    hashes = f", {told['hashes_compared']} hashes equal" if told["hashes_compared"] else ", no hashes to compare"
+    other = f", {told['converted_by_export']} converted by export" if told.get("converted_by_export") else ""
+    return f"{told['path']}: {told['tensors']} tensors, {console.size(told['bytes'])}: correct{hashes}{other}"

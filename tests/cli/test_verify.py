@@ -1,0 +1,108 @@
+"""`inspect`, `verify` and `export` on a tiny model: what they tell, and that no damage goes unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rondel.cli.main import app
+from rondel.converters.errors import RondelError
+from tests.tiny import tiny_model
+
+
+def rondel(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen3", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def file(model: Path, tmp_path: Path) -> Path:
+    done = rondel("export", model, "--type", "F16", "-o", tmp_path / "tiny.gguf", "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+    return tmp_path / "tiny.gguf"
+
+
+def test_export_into_a_folder_names_the_file(model: Path, tmp_path: Path) -> None:
+    done = rondel("export", model, "-o", f"{tmp_path}/new/", "--json")
+    told = json.loads(done.stdout)
+    assert [Path(name).parent for name in told["files"]] == [tmp_path / "new"]
+    assert told["bytes"] == Path(told["files"][0]).stat().st_size
+
+
+def test_export_plan_tells_the_exact_size(model: Path, file: Path) -> None:
+    planned = json.loads(rondel("export", model, "--type", "F16", "-o", file, "--dry-run", "--json").stdout)
+    assert planned["files"] == [{"name": "tiny.gguf", "bytes": file.stat().st_size}]
+
+
+@pytest.mark.parametrize("size", ["2X", "0", "-1G", "G", "1.5G"])
+def test_export_refuses_a_size_that_is_none(model: Path, tmp_path: Path, size: str) -> None:
+    done = rondel("export", model, "-o", tmp_path / "x.gguf", f"--split={size}")
+    assert isinstance(done.exception, RondelError)
+    assert size in str(done.exception)
+    assert not any(tmp_path.iterdir())
+
+
+def test_inspect_counts_the_bytes(file: Path) -> None:
+    told = json.loads(rondel("inspect", file, "--json").stdout)
+    assert told["keys"]["general.architecture"] == "qwen3"
+    assert sum(row["bytes"] for row in told["types"].values()) == sum(t["bytes"] for t in told["tensors"])
+    assert told["weights"] == sum(row["weights"] for row in told["types"].values())
+    assert told["rotations"] == []
+    text = rondel("inspect", file, "--tensors").stdout
+    assert "blk.1.ffn_down.weight" in text
+    assert "qwen3.block_count" in text
+
+
+def test_inspect_of_no_model_is_a_sentence(tmp_path: Path) -> None:
+    done = rondel("inspect", tmp_path)
+    assert isinstance(done.exception, RondelError)
+    assert "manifest.json" in str(done.exception)
+
+
+def test_verify_accepts_what_export_wrote(model: Path, file: Path, tmp_path: Path) -> None:
+    told = json.loads(rondel("verify", file, "--json").stdout)
+    assert told["ok"]
+    assert told["hashes_compared"] == told["tensors"]
+    rondel("export", model, "-o", tmp_path / "parts.gguf", "--split", "60k", "--quiet")
+    first = min(tmp_path.glob("parts-00001-of-*.gguf"))
+    told = json.loads(rondel("verify", first, "--json").stdout)
+    assert told["ok"]
+    assert told["parts"] > 1
+    assert told["hashes_compared"] == told["tensors"]
+
+
+def test_verify_sees_one_flipped_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    last = max(json.loads(rondel("inspect", file, "--json").stdout)["tensors"], key=lambda tensor: tensor["offset"])
+    data[last["offset"]] ^= 1
+    file.write_bytes(data)
+    done = rondel("verify", file, "--json")
+    told = json.loads(done.stdout)
+    assert (told["ok"], len(told["failures"])) == (False, 1)
+    assert last["name"] in told["failures"][0]
+    assert isinstance(done.exception, RondelError)
+
+
+def test_verify_sees_a_scale_that_is_not_finite(file: Path) -> None:
+    tensors = json.loads(rondel("inspect", file, "--json").stdout)["tensors"]
+    norm = next(tensor for tensor in tensors if tensor["name"] == "blk.0.attn_norm.weight")
+    data = bytearray(file.read_bytes())
+    data[norm["offset"] : norm["offset"] + 4] = b"\x00\x00\xc0\x7f"  # an F32 that is not a number
+    file.write_bytes(data)
+    failures = json.loads(rondel("verify", file, "--json").stdout)["failures"]
+    assert len(failures) == 2, "the value and the hash"
+    assert all("blk.0.attn_norm.weight" in failure for failure in failures)
+
+
+@pytest.mark.parametrize("change", [-1, +33])
+def test_verify_sees_a_wrong_length(file: Path, change: int) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:change] if change < 0 else data + bytes(change))
+    assert rondel("verify", file).exception is not None
