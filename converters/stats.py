@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Site
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
 
 OUTPUT_IN: Site = "output_in"  # the head's input: the one site outside the blocks
+MOVED = "stats"  # where rotate puts the statistics that it moved, inside the rotated checkpoint
 
 
 def site_tensor(layer: int | None, site: str, what: str) -> str:
@@ -63,9 +65,23 @@ class Stats(TensorFolder):
         """{"sha256", "tokens"} of the text."""
         return self.manifest.get("calibration", {})
 
+    def check_basis(self, source: Checkpoint) -> None:
+        """Refuse statistics of another model, or of another basis than the one `source` stands in."""
+        mine, theirs = self.manifest, source.carried()
+        same_model = mine.get("family") == theirs["family"] and self.source == theirs["source"]
+        if not same_model:
+            raise RondelError(f"{self.root}: statistics of another model than {source.root}; calibrate that one")
+        if self.rotations != theirs.get("rotations", []):
+            raise RondelError(
+                f"{self.root}: statistics from another basis than {source.root} stands in; use the ones that "
+                "rotate --stats left in the rotated folder, or calibrate the rotated model"
+            )
+
 
 def open_stats(path: Path) -> Stats:
-    """Open the folder that calibrate wrote."""
+    """Open the folder that calibrate wrote, or the statistics that rotate left inside a rotated checkpoint."""
+    if (path / MOVED / MANIFEST).is_file():
+        path = path / MOVED
     if not (path / MANIFEST).is_file():
         raise RondelError(f"{path}: holds no statistics; expected a folder that rondel calibrate wrote")
     manifest = read_manifest(path)

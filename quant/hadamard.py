@@ -144,6 +144,14 @@ def random_signs(size: int, seed: int, site: str) -> str:
     return bytes(packed).hex()
 
 
+def pack_signs(signs: torch.Tensor) -> str:
+    """The hexadecimal text of signs (size,) of +1 and -1: the inverse of `unpack_signs`."""
+    packed = bytearray((len(signs) + 7) // 8)
+    for i, sign in enumerate(signs.tolist()):
+        packed[i // 8] |= (sign < 0) << i % 8
+    return bytes(packed).hex()
+
+
 def unpack_signs(signs: str, size: int) -> torch.Tensor:
     """The signs of a record as +1 and -1, (size,) float64."""
     packed = bytes.fromhex(signs)

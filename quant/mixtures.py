@@ -1,0 +1,228 @@
+"""Which format every tensor gets: llama.cpp's named mixtures, its fallbacks for rows that do not fit, and overrides.
+
+A mixture such as Q4_K_M is a default format and rules by the part that a tensor plays and by its layer. The rules are
+llama.cpp's own, so that a file called Q4_K_M spends its bytes where everybody expects them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rondel.converters.errors import RondelError
+from rondel.converters.family import EMBEDDING, OUTPUT, Family, Hyperparameters
+from rondel.native.formats import formats
+
+# The default format of every mixture by the name that llama.cpp gives it.
+MIXTURES = {
+    "Q2_K": "Q2_K",
+    "Q2_K_S": "Q2_K",
+    "Q3_K_S": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q3_K_L": "Q3_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_K_M": "Q4_K",
+    "Q5_K_S": "Q5_K",
+    "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K",
+    "Q8_0": "Q8_0",
+    "Q4_0": "Q4_0",
+    "Q4_1": "Q4_1",
+    "Q5_0": "Q5_0",
+    "Q5_1": "Q5_1",
+    "IQ4_NL": "IQ4_NL",
+}
+MIXTURE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+TILE_ALIASES = {"U2": "U2-128", "U4": "U4-128", "U8": "U8-128"}
+TILE_ENDS = {"U2": "Q6_K", "U4": "Q6_K", "U8": "Q8_0"}  # embedding and head beside tile formats
+
+# A row that is no multiple of the block: the format with a smaller block that stands in; then F16.
+FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+TILE_FALLBACKS = {"U2": "Q4_0", "U4": "Q4_0", "U8": "Q8_0"}  # after the smaller groups
+LAST_FALLBACK = "F16"
+
+
+def format_named(name: str) -> str:
+    """The canonical spelling of one format ("q4_k" is Q4_K, "U4" is U4-128); refuses an unknown one."""
+    upper = name.upper()
+    upper = TILE_ALIASES.get(upper, upper)
+    if upper not in formats():
+        raise RondelError(f"there is no format {name!r}; expected one of {', '.join(formats())}")
+    return upper
+
+
+def mixture_named(name: str) -> str:
+    """The canonical spelling of what to quantize to: a mixture, or a tile format; refuses anything else."""
+    upper = name.upper()
+    upper = MIXTURE_ALIASES.get(upper, TILE_ALIASES.get(upper, upper))
+    if upper not in MIXTURES and not is_tile(upper):
+        tiles = ", ".join(format for format in formats() if is_tile(format))
+        raise RondelError(f"there is no type {name!r} to quantize to; expected one of {', '.join(MIXTURES)}, {tiles}")
+    return upper
+
+
+def is_tile(format: str) -> bool:
+    """Whether a format is one of rondel's own, which llama.cpp cannot read."""
+    return format in formats() and formats()[format].tiled
+
+
+def fitting(format: str, cols: int) -> str:
+    """The format itself where a row of `cols` fits it, else what stands in for it."""
+    if cols % formats()[format].block == 0:
+        return format
+    bits, _, group = format.partition("-")
+    for smaller in ("128", "64") if is_tile(format) else ():
+        if int(smaller) < int(group) and cols % int(smaller) == 0:
+            return f"{bits}-{smaller}"
+    instead = TILE_FALLBACKS.get(bits) or FALLBACKS.get(format, LAST_FALLBACK)
+    return instead if cols % formats()[instead].block == 0 else LAST_FALLBACK
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is quantized at all: matrices of weights are, norms, biases and RoPE factors are not."""
+    return len(shape) == 2 and name.endswith("weight") and "_norm.weight" not in name
+
+
+def uses_more_bits(layer: int, layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the rules ask about a model."""
+
+    layers: int
+    values: int  # tensors called attn_v
+    gqa: int  # heads per key-value head
+    tied: bool
+    class_70b: bool  # llama.cpp counts it to its 70B class: 80 layers with few key-value heads
+    importance: bool  # statistics weigh the errors
+
+
+def model_of(family: Family, numbers: Hyperparameters, names: Iterable[str], importance: bool) -> Model:
+    """The facts of a checkpoint whose tensors are `names`."""
+    listed = set(names)
+    gqa = numbers.heads // numbers.kv_heads
+    return Model(
+        layers=numbers.layers,
+        values=sum("attn_v.weight" in name for name in listed),
+        gqa=gqa,
+        tied=OUTPUT not in listed,
+        class_70b=numbers.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and gqa > 1)),
+        importance=importance,
+    )
+
+
+def _head(mixture: str, cols: int) -> str:
+    default = MIXTURES[mixture]
+    if cols % formats()[default].block or default == "Q8_0":
+        return "Q8_0"
+    return "Q6_K"
+
+
+def _values(mixture: str, model: Model, seen: int) -> str:
+    """attn_v: small under grouped queries and read by every token, so it gets more than the default."""
+    default = chosen = MIXTURES[mixture]
+    grouped = model.gqa >= 4
+    if mixture == "Q2_K":
+        chosen = "Q4_K" if grouped else "Q3_K"
+    elif mixture == "Q2_K_S" and grouped:
+        chosen = "Q4_K"
+    elif mixture == "Q3_K_M":
+        chosen = "Q5_K" if seen < 2 else "Q4_K"
+    elif mixture == "Q3_K_L" or (mixture == "IQ4_NL" and grouped) or (mixture == "Q4_K_S" and seen < 4):
+        chosen = "Q5_K"
+    elif mixture in ("Q4_K_M", "Q5_K_M") and uses_more_bits(seen, model.values):
+        chosen = "Q6_K"
+    if model.class_70b and chosen in ("Q3_K", "Q4_K"):
+        chosen = "Q5_K"
+    return chosen or default
+
+
+def _down(mixture: str, model: Model, seen: int) -> str:
+    """ffn_down: reads the widest and most uneven activations."""
+    default = MIXTURES[mixture]
+    early = seen < model.layers // 8
+    if mixture == "Q2_K":
+        return "Q3_K"
+    if mixture == "Q3_K_M":
+        return "Q5_K" if seen < model.layers // 16 else "Q4_K"
+    if mixture == "Q3_K_L":
+        return "Q5_K"
+    if mixture in ("Q4_K_M", "Q5_K_M") and uses_more_bits(seen, model.layers):
+        return "Q6_K"
+    if not early:
+        return default
+    with_importance = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+    without = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "IQ4_NL": "Q5_K"}
+    return (with_importance if model.importance else without).get(mixture, default)
+
+
+def _attention_output(mixture: str) -> str:
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mixture, MIXTURES[mixture])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The format of one tensor, and the one it would have had if its rows fitted."""
+
+    format: str
+    wanted: str
+
+    @property
+    def fallback(self) -> bool:
+        """Whether another format stands in."""
+        return self.format != self.wanted
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for. Overrides are (regular expression, format); the first that is found in a name wins."""
+
+    mixture: str
+    pure: bool = False
+    overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
+    embedding: str | None = None
+    output: str | None = None
+
+
+def _by_rule(name: str, cols: int, policy: Policy, model: Model, seen: dict[str, int]) -> str:
+    """The mixture's own choice. `seen` counts the tensors of a part that the rules decided so far."""
+    mixture = policy.mixture
+    head = name == OUTPUT or (model.tied and name == EMBEDDING)
+    if is_tile(mixture):
+        return policy.output or TILE_ENDS[mixture.partition("-")[0]] if head or name == EMBEDDING else mixture
+    if head:
+        return policy.output or _head(mixture, cols)
+    part = next((part for part in ("attn_v.weight", "ffn_down", "attn_output.weight") if part in name), None)
+    if part is None:
+        return MIXTURES[mixture]
+    position = seen.get(part, 0)
+    seen[part] = position + 1
+    if part == "attn_v.weight":
+        return _values(mixture, model, position)
+    return _down(mixture, model, position) if part == "ffn_down" else _attention_output(mixture)
+
+
+def choose_formats(shapes: Mapping[str, tuple[int, ...]], policy: Policy, model: Model) -> dict[str, Choice]:
+    """The format of every matrix in `shapes` (canonical names in the order of the layers)."""
+    choices = {}
+    seen: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if not is_matrix(name, shape):
+            continue
+        manual = next((format for pattern, format in policy.overrides if pattern.search(name)), None)
+        if name == EMBEDDING and policy.embedding:
+            wanted = policy.embedding
+        elif name == OUTPUT and policy.output:
+            wanted = policy.output
+        elif manual:
+            wanted = manual
+        elif policy.pure:
+            wanted = MIXTURES.get(policy.mixture, policy.mixture)
+        else:
+            wanted = _by_rule(name, shape[1], policy, model, seen)
+        choices[name] = Choice(fitting(wanted, shape[1]), wanted)
+    return choices

@@ -1,0 +1,291 @@
+"""The stage quantize: every matrix is rounded to nearest onto a block format whose scales fit its statistics.
+
+The error that the scale search makes least is sum_c E[x_c^2] (w_c - q_c)^2 for each row: what the layer's output loses
+if its inputs were uncorrelated. Without statistics every column counts the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.errors import RondelError
+from rondel.converters.family import EMBEDDING
+from rondel.converters.folder import Packed
+from rondel.converters.output import StageOutput
+from rondel.converters.progress import Progress, silent
+from rondel.converters.stats import Stats
+from rondel.native.formats import Bytes, Floats, decode, encode, format_bytes
+from rondel.native.library import NativeError
+from rondel.quant.importance import Importance, Means, check_importance, importance_of
+from rondel.quant.mixtures import (
+    Choice,
+    Policy,
+    choose_formats,
+    format_named,
+    is_tile,
+    mixture_named,
+    model_of,
+)
+from rondel.quant.stage import stage_record
+
+TARGETS = ("llama.cpp", "rondel")
+WEIGHTS_AT_ONCE = 1 << 26  # rounded in one call: bounds the float copy of a large embedding to 256 MiB
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """What to quantize to.
+
+    `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
+    leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
+    that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
+    mixture's rules off.
+    """
+
+    type: str
+    pure: bool = False
+    tensors: tuple[tuple[str, str], ...] = ()
+    embedding_type: str | None = None
+    output_type: str | None = None
+    target: str | None = None  # "llama.cpp" or "rondel"; None: what an earlier stage chose, else llama.cpp
+    seed: int = 0  # kept for the record: rounding to nearest draws no random numbers
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything decided before the first weight is read."""
+
+    source: Checkpoint
+    config: QuantizeConfig  # with canonical names and the target filled in
+    importance: Importance | None
+    choices: dict[str, Choice]
+    warnings: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """The stage's record for the manifest."""
+        return stage_record("quantize", self.config, source=self.source, stats=self.importance)
+
+
+def _target(source: Checkpoint, config: QuantizeConfig) -> str:
+    fixed = source.manifest.get("target")
+    target = config.target or fixed or TARGETS[0]
+    if target not in TARGETS:
+        raise RondelError(f"--target {target}: expected llama.cpp or rondel")
+    if target == "llama.cpp" and any(rotation.online for rotation in source.rotations):
+        raise RondelError(f"{source.root}: has online rotations, which llama.cpp cannot run; use --target rondel")
+    return target
+
+
+def _resolve(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfig:
+    """The config with every name checked and spelled as the formats are."""
+    target = _target(source, config)
+    resolved = replace(
+        config,
+        type=mixture_named(config.type),
+        tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
+        embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
+        output_type=format_named(config.output_type) if config.output_type else None,
+        target=target,
+    )
+    asked = [resolved.type, resolved.embedding_type, resolved.output_type, *(format for _, format in resolved.tensors)]
+    tiles = [format for format in asked if format and is_tile(format)]
+    if tiles and target != "rondel":
+        raise RondelError(f"{tiles[0]}: llama.cpp cannot read this format; use --target rondel or a type of llama.cpp")
+    return resolved
+
+
+def _patterns(config: QuantizeConfig, names: list[str]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    compiled = []
+    for pattern, format in config.tensors:
+        try:
+            expression = re.compile(pattern.lower())
+        except re.error as error:
+            raise RondelError(f"--tensor '{pattern}={format}': not a regular expression ({error})") from error
+        if not any(expression.search(name) for name in names):
+            raise RondelError(f"--tensor '{pattern}={format}': is found in no tensor's name")
+        compiled.append((expression, format))
+    return tuple(compiled)
+
+
+def _as_importance(stats: Stats | Importance | None) -> Importance | None:
+    return importance_of(stats) if isinstance(stats, Stats) else stats
+
+
+def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> _Task:
+    if source.quantized:
+        raise RondelError(f"{source.root}: is quantized already; quantize the float model that it was made from")
+    config = _resolve(source, config)
+    importance = _as_importance(stats)
+    shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
+    policy = Policy(
+        config.type, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type
+    )
+    model = model_of(source.family, source.numbers, shapes, importance is not None)
+    choices = choose_formats(shapes, policy, model)
+    return _Task(source, config, importance, choices, _warnings(source, config, importance, choices))
+
+
+def _warnings(
+    source: Checkpoint, config: QuantizeConfig, importance: Importance | None, choices: dict[str, Choice]
+) -> list[str]:
+    warnings = []
+    if importance is None:
+        warnings.append("no statistics: every input channel counts the same; calibrate first for a better model")
+    else:
+        check_importance(importance, source, list(choices))
+        missing = [name for name in choices if name != EMBEDDING and importance.of(source, name) is None]
+        if missing:
+            warnings.append(
+                f"no statistics for {len(missing)} matrices, {missing[0]} first: their channels count the same"
+            )
+    fallbacks = [name for name, choice in choices.items() if choice.fallback]
+    if fallbacks:
+        warnings.append(f"{len(fallbacks)} matrices have rows that do not fit their format and get another one")
+    return warnings
+
+
+def _bytes(choice: Choice | None, shape: tuple[int, ...]) -> int:
+    if choice is None:
+        return 4 * int(np.prod(shape, dtype=np.int64))
+    return format_bytes(choice.format, shape[0], shape[1])
+
+
+def _describe(task: _Task, name: str) -> dict[str, Any]:
+    """One line of the plan."""
+    choice, shape = task.choices.get(name), task.source.info(name).shape
+    line: dict[str, Any] = {
+        "name": name,
+        "shape": list(shape),
+        "format": choice.format if choice else "F32",
+        "bytes": _bytes(choice, shape),
+    }
+    if choice and choice.fallback:
+        line["instead_of"] = choice.wanted
+    return line
+
+
+def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None = None) -> dict[str, Any]:
+    """What `quantize` would write: format and exact bytes of every tensor, totals by format, and warnings."""
+    task = _prepare(source, config, stats)
+    tensors = [_describe(task, name) for names in source.shards().values() for name in names]
+    by_type: dict[str, int] = {}
+    for line in tensors:
+        by_type[line["format"]] = by_type.get(line["format"], 0) + line["bytes"]
+    weights = sum(int(np.prod(line["shape"], dtype=np.int64)) for line in tensors)
+    total = sum(by_type.values())
+    return {
+        "stage": "quantize",
+        "config": asdict(task.config),
+        "tensors": tensors,
+        "bytes": total,
+        "bytes_by_type": by_type,
+        "bits_per_weight": 8 * total / weights,
+        "fallbacks": sum("instead_of" in line for line in tensors),
+        "warnings": task.warnings,
+    }
+
+
+def _pieces(rows: int, cols: int) -> Iterator[slice]:
+    """Row ranges of at most WEIGHTS_AT_ONCE weights, whole panels of the tile formats."""
+    step = max(16, WEIGHTS_AT_ONCE // cols // 16 * 16)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+def _error_sums(weights: Floats, decoded: Floats, importance: Means | None) -> tuple[float, float]:
+    """sum of importance * (weights - decoded)^2 and of importance * weights^2."""
+    lost = np.square(weights - decoded, dtype=np.float64).sum(0)
+    whole = np.square(weights, dtype=np.float64).sum(0)
+    counts = np.ones(len(lost)) if importance is None else importance.astype(np.float64)
+    return float(lost @ counts), float(whole @ counts)
+
+
+def _rounded(
+    name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int
+) -> tuple[Bytes, float]:
+    """The packed bytes of a matrix, and its weighted relative squared error."""
+    rows, cols = weights.shape
+    parts, lost, whole = [], 0.0, 0.0
+    for piece in _pieces(rows, cols):
+        values = weights[piece].to(torch.float32).contiguous().numpy()
+        try:
+            packed = encode(format, values, importance, threads=threads)
+        except NativeError as error:
+            where = f"{name}, from row {piece.start} on" if piece.start else name
+            raise RondelError(f"{where}: {error}") from error
+        decoded = decode(format, packed, *values.shape)
+        piece_lost, piece_whole = _error_sums(values, decoded, importance)
+        lost, whole = lost + piece_lost, whole + piece_whole
+        parts.append(packed)
+    return np.concatenate(parts), lost / whole if whole > 0 else 0.0
+
+
+def _stored(format: str, packed: Bytes, shape: tuple[int, ...]) -> torch.Tensor | Packed:
+    """Floats are stored as floats, so that every later stage can read them."""
+    data = torch.from_numpy(packed)
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return data.view(kinds[format]).reshape(shape) if format in kinds else Packed(data, format, shape)
+
+
+def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str], threads: int) -> None:
+    tensors: dict[str, torch.Tensor | Packed] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        weights = task.source.read(name)
+        choice = task.choices.get(name)
+        if choice is None:
+            tensors[name] = weights.to(torch.float32)
+            continue
+        means = task.importance.of(task.source, name) if task.importance else None
+        packed, error = _rounded(name, weights, choice.format, means, threads)
+        tensors[name] = _stored(choice.format, packed, tuple(weights.shape))
+        # six digits: the sum's last ones depend on the machine
+        results[name] = _describe(task, name) | {"error": float(f"{error:.6g}"), "weighted": means is not None}
+    output.write(shard, tensors, results)
+
+
+def quantize(
+    source: Checkpoint,
+    out: Path,
+    config: QuantizeConfig,
+    stats: Stats | Importance | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Round every matrix of `source` and write the folder `out`; norms, biases and RoPE factors stay F32.
+
+    The manifest's "quantization" keeps, per matrix, its format, bytes and weighted relative squared error. `device`
+    is accepted as in every stage: rounding runs in C on the processor.
+    """
+    task = _prepare(source, config, stats)
+    output = StageOutput(out, task.record(), force=force)
+    if output.finished:
+        return open_checkpoint(out)
+    shards = source.shards()
+    for done, (shard, names) in enumerate(shards.items()):
+        progress(done, len(shards), shard)
+        if not output.done(shard):
+            _write_shard(task, output, shard, names, threads or os.cpu_count() or 1)
+    progress(len(shards), len(shards), "done")
+    results = {name: result for shard in shards for name, result in output.result(shard).items()}
+    manifest = source.carried() | {
+        "target": task.config.target,
+        "stages": [*source.stages, task.record()],
+        "quantization": {"tensors": results, "warnings": task.warnings},
+    }
+    if task.importance is not None and task.importance.calibration:
+        manifest["calibration"] = dict(task.importance.calibration)
+    output.finish(list(shards), manifest, source.side_files())
+    return open_checkpoint(out)

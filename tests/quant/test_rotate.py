@@ -1,0 +1,293 @@
+"""Does a rotated model compute the same function, in every family, and is what would break it noticed?"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.errors import RondelError
+from rondel.converters.families import FAMILIES
+from rondel.converters.family import OUTPUT, OUTPUT_NORM, Norm, block_tensor
+from rondel.converters.output import StageOutput
+from rondel.converters.stats import Stats, open_stats, site_tensor
+from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
+from rondel.quant.reference import reference_logits
+from rondel.quant.rotate import RotateConfig, Rotator, plan, rotate, validate
+from rondel.quant.workers import Workers
+from tests.tiny import tiny_model
+
+# Largest difference of logits, relative to the largest logit. The first is the arithmetic's own (weights kept in
+# float64); the second what storing weights as F32 costs; the third float32 arithmetic.
+EXACT = 1e-10
+STORED_F32 = 2e-6
+FLOAT32 = 1e-5
+# What a forgotten piece must at least change: it is a wrong model, not a rounding error.
+BROKEN = 0.05
+
+MODELS = {
+    "llama": {
+        "family": "llama",
+        "attention_bias": True,
+        "kv_heads": 2,
+        "heads": 6,
+        "head_dim": 16,
+        "width": 48,
+        "hidden": 80,
+    },
+    "llama-tied": {"family": "llama", "tied": True},
+    "qwen2": {"family": "qwen2", "tied": True, "heads": 6, "kv_heads": 2, "width": 96},
+    "qwen3": {"family": "qwen3", "heads": 6, "kv_heads": 2, "head_dim": 24, "width": 40, "hidden": 172},
+    "qwen3-tied": {"family": "qwen3", "tied": True},
+}
+ROTATIONS = {
+    "residual": RotateConfig(heads=False),
+    "heads": RotateConfig(residual=False),
+    "hidden": RotateConfig(residual=False, heads=False, hidden="full", target="rondel"),
+    "all": RotateConfig(hidden=4, target="rondel", seed=3),
+}
+TOKENS = torch.randint(0, 288, (24,), generator=torch.Generator().manual_seed(5))
+
+
+def model(name: str, folder: Path) -> Checkpoint:
+    settings = dict(MODELS[name])
+    return open_checkpoint(tiny_model(settings.pop("family"), folder / name, **settings))
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).abs().max() / expected.abs().max())
+
+
+class Patched(Checkpoint):
+    """A checkpoint with some tensors replaced in memory."""
+
+    def __init__(self, source: Checkpoint, tensors: dict[str, torch.Tensor], **manifest: object) -> None:
+        entries = {
+            **source.manifest["tensors"],
+            **{n: {"shape": list(t.shape), "format": "F32", "shard": "", "sha256": ""} for n, t in tensors.items()},
+        }
+        super().__init__(source.root, {**source.manifest, **manifest, "tensors": entries})
+        self._source, self._replaced = source, tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._replaced[name] if name in self._replaced else self._source.read(name)
+
+
+def exactly_rotated(source: Checkpoint, config: RotateConfig) -> Patched:
+    """What rotate would write if it stored float64."""
+    rotations = validate(source, config)
+    names = [*source.names(), *([OUTPUT] if config.residual and OUTPUT not in source else [])]
+    with Workers(1) as workers:
+        rotator = Rotator(source, rotations, workers, dtype=torch.float64)
+        tensors = {name: rotator.tensor(name) for name in names}
+    return Patched(source, tensors, rotations=[rotation.to_json() for rotation in rotations])
+
+
+def rotated_weights(source: Checkpoint, rotation: str) -> list[str]:
+    """Weights that a rotation must have changed."""
+    roles = {
+        "residual": ["attn_q", "attn_output", "ffn_gate", "ffn_down"],
+        "heads": ["attn_v", "attn_output"],
+        "hidden": ["ffn_down"],
+    }
+    wanted = roles.get(rotation) or sorted({role for some in roles.values() for role in some})
+    return [block_tensor(layer, role) for layer in range(source.numbers.layers) for role in wanted]
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_rotated_model_computes_the_same_function(name, rotation, tmp_path):
+    source, config = model(name, tmp_path), ROTATIONS[rotation]
+    expected = reference_logits(source, TOKENS)
+    assert difference(reference_logits(exactly_rotated(source, config), TOKENS), expected) < EXACT
+    rotated = rotate(source, tmp_path / "rotated", config)
+    assert difference(reference_logits(rotated, TOKENS), expected) < STORED_F32
+    assert difference(reference_logits(rotated, TOKENS, torch.float32), expected) < FLOAT32
+    assert not any(torch.equal(rotated.read(n), source.read_float(n)) for n in rotated_weights(source, rotation))
+
+
+def test_gains_are_ones_and_the_head_is_its_own(tmp_path):
+    source = model("qwen3-tied", tmp_path)
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig())
+    assert rotated.read(OUTPUT_NORM).eq(1).all()
+    assert rotated.read("blk.1.ffn_norm.weight").eq(1).all()
+    assert torch.equal(rotated.read("blk.0.attn_q_norm.weight"), source.read("blk.0.attn_q_norm.weight"))
+    assert OUTPUT in rotated
+    assert not rotated.numbers.tied
+    assert not torch.equal(rotated.read(OUTPUT), rotated.read("token_embd.weight"))
+    assert rotated.manifest["target"] == "llama.cpp"
+    assert rotated.stages[-1]["name"] == "rotate"
+    heads_only = rotate(source, tmp_path / "heads", RotateConfig(residual=False))
+    assert OUTPUT not in heads_only
+    assert heads_only.numbers.tied
+
+
+def test_online_rotation_is_left_to_the_runtime(tmp_path):
+    source = model("llama", tmp_path)
+    rotated = rotate(source, tmp_path / "rotated", ROTATIONS["hidden"])
+    (record,) = rotated.rotations
+    assert (record.site, record.online, record.size, record.block) == ("hidden", True, 80, 80)
+    undone = Patched(rotated, {}, rotations=[])
+    expected = reference_logits(source, TOKENS)
+    assert difference(reference_logits(undone, TOKENS), expected) > BROKEN
+    # The fused half alone: rotating the hidden rows by hand and ffn_down offline is the identity on their product.
+    name = block_tensor(0, "ffn_down")
+    hidden = torch.randn(7, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    turned = rotate_channels(hidden, record) @ rotated.read_float(name, torch.float64).T
+    assert difference(turned, hidden @ source.read_float(name, torch.float64).T) < STORED_F32
+
+
+def broken(source: Checkpoint, rotated: Patched, what: str) -> dict[str, torch.Tensor]:
+    """Tensors of a rotated model as they would be had one step been forgotten."""
+    heads = next(rotation for rotation in rotated.rotations if rotation.site == "heads")
+    residual = next(rotation for rotation in rotated.rotations if rotation.site == "residual")
+    layers = range(source.numbers.layers)
+    if what == "v bias":
+        names = [block_tensor(layer, "attn_v", "bias") for layer in layers]
+        return {name: source.read_float(name, torch.float64) for name in names}
+    if what == "final gain":
+        head = source.read_float(source.head(), torch.float64)
+        return {OUTPUT: rotate_channels(head, residual), OUTPUT_NORM: source.read_float(OUTPUT_NORM, torch.float64)}
+    if what == "centred embedding":
+        embedding = rotated.read("token_embd.weight")
+        centred = source.read_float("token_embd.weight", torch.float64)
+        shift = rotate_channels(centred.mean(1, keepdim=True).expand_as(centred), residual)
+        return {"token_embd.weight": embedding - shift}
+    assert what == "group mapping"
+    # Query heads paired with the value heads in turn (h mod kv_heads) and not in groups.
+    signs = unpack_signs(heads.signs, heads.size).reshape(source.numbers.heads, -1)
+    group = source.numbers.heads // source.numbers.kv_heads
+    wrong = dataclasses.replace(heads, signs=pack_signs(signs[::group].repeat(group, 1).flatten()))
+    with Workers(1) as workers:
+        rotator = Rotator(source, [residual, wrong], workers, dtype=torch.float64)
+        rotator.writing["values"] = Rotator(source, [heads], workers).writing["values"]
+        return {n: rotator.tensor(n) for n in (block_tensor(layer, "attn_output") for layer in layers)}
+
+
+@pytest.mark.parametrize("what", ["v bias", "final gain", "centred embedding", "group mapping"])
+def test_the_oracle_notices_a_forgotten_step(what, tmp_path):
+    source = model("llama", tmp_path)
+    rotated = exactly_rotated(source, RotateConfig())
+    tensors = {**{name: rotated.read(name) for name in rotated.names()}, **broken(source, rotated, what)}
+    spoiled = Patched(rotated, tensors)
+    assert difference(reference_logits(spoiled, TOKENS), reference_logits(source, TOKENS)) > BROKEN
+
+
+def test_refusals(tmp_path, monkeypatch):
+    source = model("qwen3", tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(RondelError, match="online"):
+        rotate(source, out, RotateConfig(hidden="full"))
+    with pytest.raises(RondelError, match="divide"):
+        rotate(source, out, RotateConfig(hidden=16, target="rondel"))
+    with pytest.raises(RondelError, match="order 172"):
+        rotate(source, out, RotateConfig(hidden=172, target="rondel"))
+    with pytest.raises(RondelError, match="nothing to rotate"):
+        rotate(source, out, RotateConfig(residual=False, heads=False))
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+    rotated = rotate(source, out, RotateConfig())
+    with pytest.raises(RondelError, match="rotated already"):
+        rotate(rotated, tmp_path / "twice", RotateConfig())
+    sandwich = dataclasses.replace(
+        source.family, norms=(*source.family.norms, Norm("post_norm", "post", "residual", None, "width"))
+    )
+    monkeypatch.setitem(FAMILIES, "qwen3", sandwich)
+    with pytest.raises(RondelError, match="post_norm stands between"):
+        rotate(source, tmp_path / "sandwich", RotateConfig())
+
+
+def folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_same_bytes_for_any_threads_and_after_an_interruption(tmp_path, monkeypatch):
+    source = model("qwen2", tmp_path)
+    config = RotateConfig(hidden="full", target="rondel")
+    rotate(source, tmp_path / "one", config, threads=1)
+    expected = folder_hash(tmp_path / "one")
+    rotate(source, tmp_path / "three", config, threads=3)
+    assert folder_hash(tmp_path / "three") == expected
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rotate(source, tmp_path / "stopped", config, progress=stop)
+    assert not (tmp_path / "stopped").exists()
+    rotate(source, tmp_path / "stopped", config)
+    assert folder_hash(tmp_path / "stopped") == expected
+    monkeypatch.setattr(Rotator, "tensor", None)
+    rotate(source, tmp_path / "stopped", config)  # nothing left to do
+
+
+def test_plan_tells_the_size(tmp_path):
+    source = model("qwen3-tied", tmp_path)
+    told = json.loads(json.dumps(plan(source, RotateConfig())))
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig())
+    assert told["tensor_bytes"] == sum(4 * rotated.read(name).numel() for name in rotated.names())
+    assert told["unties_head"]
+    assert [(r["site"], r["block"]) for r in told["rotations"]] == [("residual", 64), ("heads", 32)]
+
+
+def write_stats(source: Checkpoint, out: Path, *, full: bool = True) -> Stats:
+    """Second moments of random vectors for every site; no calibration needed."""
+    output = StageOutput(out, {"name": "calibrate"})
+    generator = torch.Generator().manual_seed(2)
+    numbers, sites = source.numbers, {"attn_in": "width", "heads": "queries", "ffn_in": "width", "hidden": "hidden"}
+    places = [(layer, site, size) for layer in range(numbers.layers) for site, size in sites.items()]
+    tensors = {}
+    for layer, site, size in [*places, (None, "output_in", "width")]:
+        x = torch.randn(3000, numbers.size(size), generator=generator, dtype=torch.float64).exp()
+        moment = (x.T @ x / len(x)).float()
+        tensors[site_tensor(layer, site, "diagonal")] = moment.diagonal().clone()
+        tensors[site_tensor(layer, site, "absmax")] = x.abs().amax(0).float()
+        tensors[site_tensor(layer, site, "count")] = torch.tensor([3000.0])
+        if full:
+            tensors[site_tensor(layer, site, "second_moment")] = moment
+    output.write("all", tensors)
+    manifest = {key: value for key, value in source.carried().items() if key != "stages"}
+    output.finish(["all"], {**manifest, "kind": "stats", "calibration": {"tokens": 3000}, "stages": [output.stage]})
+    return open_stats(out)
+
+
+def test_statistics_move_with_the_basis(tmp_path):
+    source = model("llama", tmp_path)
+    stats = write_stats(source, tmp_path / "stats")
+    rotated = rotate(source, tmp_path / "rotated", ROTATIONS["all"], stats)
+    moved = open_stats(tmp_path / "rotated")
+    moved.check_basis(rotated)
+    with pytest.raises(RondelError, match="another basis"):
+        stats.check_basis(rotated)
+    # tr(W H W^T), the energy of a layer's output, is the same in both bases.
+    places = [("attn_in", "attn_q"), ("attn_in", "attn_v"), ("heads", "attn_output"), ("hidden", "ffn_down")]
+    pairs = [(layer, site, block_tensor(layer, role)) for layer in range(2) for site, role in places]
+    for layer, site, name in [*pairs, (None, "output_in", OUTPUT)]:
+        before, after = stats.second_moment(layer, site).double(), moved.second_moment(layer, site).double()
+        weight, turned = source.read_float(name, torch.float64), rotated.read_float(name, torch.float64)
+        energy = torch.trace(weight @ before @ weight.T)
+        assert abs(torch.trace(turned @ after @ turned.T) / energy - 1) < STORED_F32, name
+        assert torch.equal(moved.diagonal(layer, site), after.diagonal().float())
+        assert torch.equal(after, after.T)
+        assert not moved.has(layer, site, "absmax")
+        assert moved.count(layer, site) == 3000
+
+
+def test_only_diagonals_do_not_move(tmp_path):
+    source = model("llama", tmp_path)
+    stats = write_stats(source, tmp_path / "stats", full=False)
+    with pytest.raises(RondelError, match="only diagonals"):
+        rotate(source, tmp_path / "rotated", RotateConfig(), stats)
+    other = model("llama-tied", tmp_path)
+    with pytest.raises(RondelError, match="another model"):
+        rotate(other, tmp_path / "rotated", RotateConfig(), write_stats(source, tmp_path / "full"))
