@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fsencode
 from struct import unpack_from
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rondel.native.library import check, check_handle, ffi, last_error, lib
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray  # slow to import, and only annotations need it
+
 
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -21,7 +25,7 @@ _TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file. `shape` is (rows, cols) order, the reverse of GGUF's ne; `offset` counts in file `shard`."""
+    """One tensor. `shape` is (rows, cols) order, the reverse of GGUF's ne; `offset` counts in file `shard`."""
 
     index: int
     name: str

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fsencode
-from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rondel.native.file import File
 from rondel.native.library import check, check_handle, ffi, lib
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray  # slow to import, and only annotations need it
 
 
 class Model:
@@ -90,6 +93,7 @@ class Session:
     def __init__(
         self,
         model: Model,
+        *,
         context: int | None = None,
         batch: int = 512,
         threads: int | None = None,
@@ -171,6 +175,7 @@ class Sampler:
 
     def __init__(
         self,
+        *,
         temperature: float = 0.8,
         top_k: int = 40,
         top_p: float = 0.95,
