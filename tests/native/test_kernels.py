@@ -1,0 +1,259 @@
+"""Every kernel of every instruction set that this machine has, against the scalar one, which is the specification."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rondel.native import formats
+from tests.packed import EVERY, FLOATS, TILES, block_of, random_packed
+
+ROWS = 19  # a whole panel and a part
+FAST = [isa for isa in formats.usable_isas() if isa != "scalar"]
+
+# Integers are exact; floats differ in the order of at most 1024 additions, in single precision: the error relative
+# to the sum of magnitudes stays far below 1024 * 2^-24, and in practice near sqrt(1024) * 2^-24 = 2e-6.
+SUMMATION = 4e-6
+# Float64 may hold any of these sums; float32 only integers below this.
+EXACT_LIMIT = 2**24
+LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 1024]
+
+
+@pytest.fixture(params=FAST)
+def isa(request):
+    before = formats.current_isa()
+    yield request.param
+    formats.use_isa(before)
+
+
+def product(isa, name, packed, cols, inputs, rows=ROWS):
+    formats.use_isa(isa)
+    return formats.matmul(name, packed, rows, cols, inputs)
+
+
+def magnitude(name, packed, cols, inputs):
+    """Sum of |weight| |activation| of each output: what a summation error is relative to."""
+    weights = np.abs(formats.decode(name, packed, ROWS, cols).astype(np.float64))
+    return np.abs(inputs.astype(np.float64)) @ weights.T + 1e-30
+
+
+def integer_inputs(rng, n, cols):
+    """Integers up to 127, with 127 in every 32: each kind of activation keeps them as they are, with scale 1."""
+    inputs = rng.integers(-127, 128, (n, cols)).astype(np.float32)
+    inputs[:, ::32] = 127
+    return inputs
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_integer_sums_are_exact(isa, name):
+    cols, rng = 256, np.random.default_rng(1)
+    packed = random_packed(name, ROWS, cols, rng, scale=1.0)
+    if name == "Q6_K":  # sub-scales of -8..7 instead of -128..127, so that float32 can hold the sums
+        packed.reshape(-1, 210)[:, 192:208] = rng.integers(-8, 8, (ROWS, 16)).astype(np.int8).view(np.uint8)
+    if name in FLOATS:
+        integers = rng.integers(-128, 128, (ROWS, cols)).astype(np.float32)
+        halves = integers.astype(np.float16).view(np.uint16)
+        bits = {"F32": integers, "F16": halves, "BF16": (integers.view(np.uint32) >> 16).astype(np.uint16)}
+        packed = bits[name].view(np.uint8).reshape(-1)
+    inputs = integer_inputs(rng, 3, cols)
+    weights = formats.decode(name, packed, ROWS, cols).astype(np.float64)
+    expected = inputs.astype(np.float64) @ weights.T
+    assert np.abs(inputs).astype(np.float64).dot(np.abs(weights).T).max() < EXACT_LIMIT
+    np.testing.assert_array_equal(product("scalar", name, packed, cols, inputs), expected)
+    np.testing.assert_array_equal(product(isa, name, packed, cols, inputs), expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", EVERY)
+def test_random_weights_and_lengths(isa, name, blocks):
+    cols, rng = blocks * block_of(name), np.random.default_rng(blocks)
+    packed = random_packed(name, ROWS, cols, rng)
+    inputs = rng.standard_normal((3, cols)).astype(np.float32)
+    expected, got = product("scalar", name, packed, cols, inputs), product(isa, name, packed, cols, inputs)
+    assert (np.abs(got - expected) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
+
+
+@pytest.mark.parametrize("cols", LENGTHS)
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_rows_of_any_length(isa, name, cols):
+    rng = np.random.default_rng(cols)
+    packed = random_packed(name, ROWS, cols, rng)
+    inputs = rng.standard_normal((2, cols)).astype(np.float32)
+    expected, got = product("scalar", name, packed, cols, inputs), product(isa, name, packed, cols, inputs)
+    assert (np.abs(got - expected) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
+
+
+@pytest.mark.parametrize("fill", [0x00, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in FLOATS])
+def test_extreme_codes_and_activations(isa, name, fill):
+    cols = 2 * block_of(name)
+    packed = random_packed(name, ROWS, cols, np.random.default_rng(0), fill=fill, scale=1.0)
+    columns = np.arange(cols)
+    patterns = [np.ones(cols), -np.ones(cols), np.where(columns % 2, 1, -1), np.where(columns // 16 % 2, 1, -1)]
+    inputs = 127 * np.array(patterns, np.float32)
+    expected, got = product("scalar", name, packed, cols, inputs), product(isa, name, packed, cols, inputs)
+    assert (np.abs(got - expected) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
+    exact = inputs.astype(np.float64) @ formats.decode(name, packed, ROWS, cols).astype(np.float64).T
+    assert (np.abs(expected - exact) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_give_the_same_bits_everywhere(isa, name):
+    cols, rng = 3 * block_of(name), np.random.default_rng(7)
+    packed = random_packed(name, ROWS, cols, rng)
+    inputs = rng.standard_normal((3, cols)).astype(np.float32)
+    expected, got = product("scalar", name, packed, cols, inputs), product(isa, name, packed, cols, inputs)
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_activations_do_not_get_lost(name, bad):
+    before = formats.current_isa()
+    cols, rng = 2 * block_of(name), np.random.default_rng(8)
+    packed = random_packed(name, ROWS, cols, rng)
+    inputs = rng.standard_normal((1, cols)).astype(np.float32)
+    inputs[0, cols // 2] = bad
+    try:
+        for isa in formats.usable_isas():
+            assert not np.isfinite(product(isa, name, packed, cols, inputs)).any(), isa
+    finally:
+        formats.use_isa(before)
+
+
+# ---- the functions behind the table that no exported function shows alone ----
+
+SOURCES = Path(__file__).parents[2] / "native" / "src"
+FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))],
+}
+ACTIVATIONS = ["F32", "F16", "BF16", "Q8_0", "Q8_1", "Q8_K", "TILE_64", "TILE_128", "TILE_256"]  # enum activation
+POINTER = ctypes.c_void_p
+PACK = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int64, POINTER)
+DOT = ctypes.CFUNCTYPE(ctypes.c_float, POINTER, POINTER, ctypes.c_int64)
+AXPY = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_float, POINTER, ctypes.c_int64)
+BUTTERFLY = ctypes.CFUNCTYPE(None, POINTER, POINTER, ctypes.c_int64)
+
+
+class Table(ctypes.Structure):
+    """`struct kernels` of kernels.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("usable", POINTER),
+        ("pack", PACK * len(ACTIVATIONS)),
+        ("dot", POINTER * len(EVERY)),
+        ("panel", POINTER * len(EVERY)),
+        ("dot_f32", DOT),
+        ("dot_f16", DOT),
+        ("axpy_f32", AXPY),
+        ("axpy_f16", AXPY),
+        ("butterfly", BUTTERFLY),
+    ]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The kernels compiled once more with every symbol visible."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to look inside the library with")
+    folder = tmp_path_factory.mktemp("kernels")
+    for file in [
+        *sorted((SOURCES / "kernels").glob("*.c")),
+        *(SOURCES / n for n in ("error.c", "formats.c", "pool.c")),
+    ]:
+        flags = next((FLAGS[isa] for isa in ("avx512", "avx2") if file.stem.startswith(isa)), [])
+        options = ["-std=gnu11", "-O1", "-fPIC", "-ffp-contract=off", "-I", SOURCES, "-I", SOURCES.parent / "include"]
+        target = ["-DRONDEL_X86"] if FAST else []
+        subprocess.run([compiler, *options, *target, *flags, "-c", file, "-o", folder / f"{file.stem}.o"], check=True)
+    subprocess.run([compiler, "-shared", *folder.glob("*.o"), "-lm", "-lpthread", "-o", folder / "k.so"], check=True)
+    loaded = ctypes.CDLL(str(folder / "k.so"))
+    loaded.half_to_float.restype = ctypes.c_float
+    loaded.float_to_half.restype = ctypes.c_uint16
+    loaded.float_to_half.argtypes = [ctypes.c_float]
+    loaded.activation_bytes.restype = ctypes.c_size_t
+    loaded.activation_bytes.argtypes = [ctypes.c_int, ctypes.c_int64]
+    return loaded
+
+
+@pytest.fixture
+def tables(library):
+    return lambda isa: Table.in_dll(library, f"kernels_{isa}")
+
+
+def test_the_tables_are_read_right(tables):
+    for isa in formats.usable_isas():
+        assert tables(isa).name == isa.encode()
+        assert all(tables(isa).dot[i] or tables(isa).panel[i] for i in range(len(EVERY)))
+
+
+@pytest.mark.parametrize("kind", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
+def test_activations_have_the_same_bytes(library, tables, isa, kind):
+    rng = np.random.default_rng(9)
+    step = {"Q": 256 if ACTIVATIONS[kind] == "Q8_K" else 32, "T": 256}.get(ACTIVATIONS[kind][0], 1)
+    ties = np.arange(-512, 512, dtype=np.float32) / 8  # with a largest value of 127: every kind of half integer
+    ties[::32] = 127
+    equal = np.where(np.arange(1024) % 3, 2.5, -2.5)  # several values of the largest magnitude
+    samples = [rng.standard_normal(1024), rng.standard_cauchy(1024) * 1e4, ties, equal, np.zeros(1024)]
+    samples += [np.full(1024, 1e-35), np.full(1024, 6e-8), rng.standard_normal(1024) * 1e-7]
+    broken = rng.standard_normal(1024)
+    broken[[100, 700]] = np.nan, -np.inf
+    for values in (np.array(v, np.float32) for v in [*samples, broken]):
+        for cols in sorted({step, 3 * step, 1024 // step * step}):
+            size = library.activation_bytes(kind, cols)
+            assert size % 64 == 0
+            packed = {}
+            for name in ("scalar", isa):
+                memory = np.full(size + 64, 0x55, np.uint8)
+                start = -memory.ctypes.data % 64
+                tables(name).pack[kind](values.ctypes.data, cols, memory.ctypes.data + start)
+                packed[name] = memory[start : start + size]
+            np.testing.assert_array_equal(packed[isa], packed["scalar"])
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_float_rows(tables, isa, n):
+    rng = np.random.default_rng(n)
+    a, b = rng.standard_normal((2, n)).astype(np.float32)
+    halves = a.astype(np.float16), b.astype(np.float16)
+    fast, scalar = tables(isa), tables("scalar")
+    limit = SUMMATION * float(np.abs(a * b).sum()) * 1.01 + 1e-30
+    assert abs(fast.dot_f32(a.ctypes.data, b.ctypes.data, n) - float(a.astype(float) @ b)) <= limit
+    assert abs(scalar.dot_f32(a.ctypes.data, b.ctypes.data, n) - float(a.astype(float) @ b)) <= limit
+    exact = float(halves[0].astype(float) @ halves[1].astype(float))
+    assert abs(fast.dot_f16(halves[0].ctypes.data, halves[1].ctypes.data, n) - exact) <= limit
+    assert abs(scalar.dot_f16(halves[0].ctypes.data, halves[1].ctypes.data, n) - exact) <= limit
+    for table in (fast, scalar):
+        y = np.append(b, np.float32(7))  # the guard behind the row must survive
+        table.axpy_f32(y.ctypes.data, 0.3, a.ctypes.data, n)
+        np.testing.assert_allclose(y, np.append(b + np.float32(0.3) * a, 7), rtol=0, atol=1e-6)
+        y = np.append(b, np.float32(7))
+        table.axpy_f16(y.ctypes.data, 0.3, halves[0].ctypes.data, n)
+        np.testing.assert_allclose(y, np.append(b + np.float32(0.3) * halves[0], 7), rtol=0, atol=1e-6)
+        left, right = np.append(a, np.float32(7)), np.append(b, np.float32(7))
+        table.butterfly(left.ctypes.data, right.ctypes.data, n)
+        np.testing.assert_array_equal(left, np.append(a + b, 7))
+        np.testing.assert_array_equal(right, np.append(a - b, 7))
+
+
+def test_halves(library):
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    values = halves.view(np.float16).astype(np.float32)
+    for half, value in zip(halves[::7].tolist(), values[::7].tolist(), strict=True):
+        got = library.half_to_float(ctypes.c_uint16(half))
+        assert got == value or (got != got and value != value)
+    rng = np.random.default_rng(10)
+    bits = rng.integers(0, 1 << 32, 4000, dtype=np.uint32)
+    finite = values[np.isfinite(values)]
+    middle = (finite[:-1] + finite[1:]) / 2  # ties to even
+    samples = np.concatenate([bits.view(np.float32), middle[::17], values[::31]])
+    samples = samples[np.isfinite(samples)]
+    with np.errstate(over="ignore"):
+        expected = samples.astype(np.float16).view(np.uint16)
+    got = np.array([library.float_to_half(float(v)) for v in samples], np.uint16)
+    np.testing.assert_array_equal(got, expected)

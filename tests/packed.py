@@ -1,0 +1,65 @@
+"""Random packed weights of every format, made from bytes, so that every code and every sub-scale occurs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rondel.converters.tiles import TILE_FORMATS
+from rondel.native.formats import format_bytes
+
+# Where the float16 numbers of a ggml block stand (ggml-common.h's structs), and the bytes of the block.
+HALVES = {
+    "Q4_0": ([0], 18),
+    "Q4_1": ([0, 2], 20),
+    "Q5_0": ([0], 22),
+    "Q5_1": ([0, 2], 24),
+    "Q8_0": ([0], 34),
+    "Q2_K": ([80, 82], 84),
+    "Q3_K": ([108], 110),
+    "Q4_K": ([0, 2], 144),
+    "Q5_K": ([0, 2], 176),
+    "Q6_K": ([208], 210),
+    "IQ4_NL": ([0], 18),
+}
+FLOATS = ("F32", "F16", "BF16")
+GGML = (*FLOATS, *HALVES)
+TILES = tuple(TILE_FORMATS)
+EVERY = (*GGML, *TILES)
+
+
+def block_of(name: str) -> int:
+    """Columns a row must be a multiple of, from the name alone (tests compare it with the runtime's table)."""
+    if name in TILES:
+        return TILE_FORMATS[name].group
+    return 1 if name in FLOATS else 256 if name.endswith("_K") else 32
+
+
+def half_columns(name: str, packed: NDArray[np.uint8]) -> list[NDArray[np.uint16]]:
+    """Views of all float16 scales and minima in packed bytes, to be overwritten."""
+    if name in TILES:
+        tile = TILE_FORMATS[name]
+        frame = tile.bytes(16, tile.group)
+        return [packed.reshape(-1, frame)[:, frame - 32 :].view(np.uint16)]
+    offsets, size = HALVES[name]
+    return [packed.reshape(-1, size)[:, o : o + 2].view(np.uint16) for o in offsets]
+
+
+def random_packed(
+    name: str, rows: int, cols: int, rng: np.random.Generator, *, fill: int | None = None, scale: float | None = None
+) -> NDArray[np.uint8]:
+    """Packed (rows, cols) weights with finite scales; `fill` sets every code byte, `scale` every float16 number."""
+    size = format_bytes(name, rows, cols)
+    if name in FLOATS:
+        values = rng.standard_normal((rows, cols)).astype(np.float32)
+        if name == "F16":
+            return values.astype(np.float16).view(np.uint8).reshape(-1)
+        bits = values.view(np.uint32)
+        return (bits if name == "F32" else (bits >> 16).astype(np.uint16)).view(np.uint8).reshape(-1)
+    packed = rng.integers(0, 256, size, dtype=np.uint8) if fill is None else np.full(size, fill, np.uint8)
+    for halves in half_columns(name, packed):
+        if scale is None:  # any sign and mantissa, magnitudes around one
+            halves[:] = rng.integers(0, 1 << 16, halves.shape, dtype=np.uint16) & 0x8FFF | 0x3000
+        else:
+            halves[:] = np.float16(scale).view(np.uint16)
+    return packed
