@@ -53,3 +53,12 @@ UnusedDeviceOption = Annotated[str, typer.Option("--device", help="Accepted by e
 UnusedThreadsOption = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Accepted by every stage; this one waits for the disk.")
 ]
+
+# What runs a GGUF file.
+CacheType = Literal["auto", "F16", "F32"]
+CacheOption = Annotated[
+    CacheType, typer.Option("--kv", help="Type of the cache of keys and values; auto: F32 for an F32 model, else F16.")
+]
+ReplicationOption = Annotated[
+    bool, typer.Option("--replication/--no-replication", help="Run replicated layers as the file says, or once.")
+]

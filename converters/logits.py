@@ -35,6 +35,11 @@ def row_bytes(vocabulary: int) -> int:
     return 8 + 2 * (vocabulary + vocabulary % 2)
 
 
+def file_bytes(windows: int, context: int, vocabulary: int) -> int:
+    """The size of the whole file."""
+    return HEADER.size + windows * (4 * context + scored_rows(context) * row_bytes(vocabulary))
+
+
 def encode_rows(logits: NDArray[np.float32]) -> bytes:
     """Logits (rows, vocabulary) as the file keeps them; in float32, as llama.cpp rounds."""
     rows, vocabulary = logits.shape
@@ -115,7 +120,7 @@ class LogitsFile:
             )
         self._row = row_bytes(self.vocabulary)
         tokens_end = HEADER.size + 4 * self.context * self.windows
-        expected = tokens_end + self._row * scored_rows(self.context) * self.windows
+        expected = file_bytes(self.windows, self.context, self.vocabulary)
         if size != expected:
             raise RondelError(f"{path}: {size} bytes, expected {expected}: it was cut or not finished; write it again")
         self._data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")

@@ -66,6 +66,8 @@ class Tokenizer:
         else:
             self._scores = self._per_token(keys, "scores", 0.0)
         self._merges: list[str] = list(keys.get("tokenizer.ggml.merges", ()))
+        if not all(isinstance(merge, str) for merge in self._merges):
+            raise RondelError("tokenizer.ggml.merges: expected texts, got something else")
         self._types = [int(kind) for kind in self._per_token(keys, "token_type", NORMAL)]
         spm = self.model == "llama"
         self.bos = self._special(keys, "bos", 1 if spm else None)
@@ -84,13 +86,16 @@ class Tokenizer:
         values = keys.get(f"tokenizer.ggml.{name}")
         if values is None:
             return [default] * len(self.tokens)
+        values = values.tolist() if hasattr(values, "tolist") else values  # a numpy array, or a list
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            raise RondelError(f"tokenizer.ggml.{name}: expected one number a token, got something else")
         if len(values) < len(self.tokens):
             raise RondelError(f"tokenizer.ggml.{name}: {len(values)} values for {len(self.tokens)} tokens")
-        return list(values[: len(self.tokens)])
+        return values[: len(self.tokens)]
 
     def _special(self, keys: Mapping[str, Any], name: str, default: int | None) -> int | None:
         value = keys.get(f"tokenizer.ggml.{name}_token_id", default)
-        return int(value) if value is not None and 0 <= int(value) < len(self.tokens) else None
+        return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
 
     def _mark_ends(self, keys: Mapping[str, Any]) -> None:
         named = (self._special(keys, name, None) for name in _END_KEYS)
@@ -110,6 +115,11 @@ class Tokenizer:
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer: end of text, of turn or of message."""
         return token in self._ends
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens for which `is_end` holds."""
+        return sorted(self._ends)
 
     def is_special(self, token: int) -> bool:
         """Whether the token is a mark (begin, end, role, unknown) and no text."""
@@ -139,7 +149,7 @@ class Tokenizer:
     @cached_property
     def _specials(self) -> list[int]:
         kept = (i for i, kind in enumerate(self._types) if kind in (CONTROL, USER_DEFINED, UNKNOWN))
-        return sorted(kept, key=lambda index: -len(self.tokens[index].encode()))
+        return sorted(kept, key=lambda index: -len(_bytes(self.tokens[index])))
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut at whole special tokens, the longest of the vocabulary first; user-defined ones always."""
@@ -196,15 +206,15 @@ class Tokenizer:
         """The bytes that a token adds to the text; for a mark, its name."""
         text, kind = self.tokens[token], self._types[token]
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
+            return _bytes(text)
         if kind == BYTE:
             return bytes([_byte_value(text)])
         if kind != NORMAL:
             return b""
         if self.model == "llama":
-            return text.replace(SPACE, " ").encode()
+            return _bytes(text.replace(SPACE, " "))
         table = _byte_of_character()
-        return b"".join(bytes([table[c]]) if c in table else c.encode() for c in text)
+        return b"".join(bytes([table[c]]) if c in table else _bytes(c) for c in text)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`, without the space that encoding puts first; with `special`, marks by their names."""
@@ -242,6 +252,11 @@ def _required(keys: Mapping[str, Any], name: str) -> Any:
     if keys.get(name) is None:
         raise RondelError(f"{name}: the file has no such key, so it holds no vocabulary; use a GGUF made with one")
     return keys[name]
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8; tokens that were other bytes in the file are those again."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _cut(text: str, mark: str, index: int) -> list[str | int]:

@@ -205,6 +205,8 @@ def test_every_known_cut_compiles_and_loses_nothing(name: str) -> None:
         (lambda: bpe_keys(pre="nobody"), "'nobody' is a way to cut words that rondel does not know"),
         (lambda: bpe_keys(tokens=[]), "tokenizer.ggml.tokens: expected one text or more"),
         (lambda: bpe_keys(token_type=[1]), "tokenizer.ggml.token_type: 1 values for 14 tokens"),
+        (lambda: bpe_keys(token_type=["1"] * 14), "tokenizer.ggml.token_type: expected one number a token"),
+        (lambda: bpe_keys(merges=[1]), "tokenizer.ggml.merges: expected texts"),
         (lambda: bpe_keys(merges=["ab"]), "tokenizer.ggml.merges: 'ab', expected two texts"),
         (lambda: bpe_keys(merges=["x y"]), "tokenizer.ggml.merges do not fit the tokens"),
     ],
