@@ -58,6 +58,8 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 class TensorFolder:
     """A finished folder: its manifest and its tensors by name."""
 
+    shareable = True  # its files hold the tensors under the names and in the order of `names`
+
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root = root
         self.manifest = manifest

@@ -79,6 +79,8 @@ def _source_names(family: Family, numbers: Hyperparameters) -> dict[str, tuple[s
 class HuggingFaceCheckpoint(Checkpoint):
     """An HF folder under canonical names; it has no manifest on disk, so its hashes are computed when asked for."""
 
+    shareable = False
+
     def __init__(self, root: Path, manifest: dict[str, Any], weights: Weights, sources: dict[str, str]) -> None:
         super().__init__(root, manifest)
         self._weights = weights

@@ -1,7 +1,8 @@
-"""Where a stage writes: OUT.partial/, a journal of finished shards, and one rename at the end.
+"""Where a stage writes: OUT.partial/, a journal of finished shards, and renames at the end.
 
 Killed at any instant, the next run with the same inputs and config goes on behind the last finished shard. A finished
-output with the same inputs and config is left as it is; with another config it is refused unless forced.
+output with the same inputs and config is left as it is; with another config it is refused unless forced, and an old
+output stays in its place until the new one is complete.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,55 @@ import torch
 from safetensors.torch import save_file
 
 from rondel.converters.errors import RondelError
-from rondel.converters.folder import FLOAT_FORMATS, MANIFEST, MANIFEST_VERSION, Packed, read_manifest, sha256_of
+from rondel.converters.folder import FLOAT_FORMATS, Packed, TensorFolder, sha256_of
+from rondel.converters.journal import (
+    JOURNAL,
+    append_journal,
+    lock,
+    read_journal,
+    start_journal,
+    sync,
+    unlock,
+    write_atomically,
+    writing,
+)
+from rondel.converters.manifest import MANIFEST, MANIFEST_VERSION, read_manifest, sha256_of_span, shard_spans
 
-JOURNAL = "journal.jsonl"
+__all__ = ["StageOutput", "write_atomically"]
+
+REPLACED = ".replaced"  # OUT's former content, for the moment between two renames
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _entry(form: str, shape: Sequence[int], file: str, sha256: str) -> dict[str, Any]:
+    return {"format": form, "shape": list(shape), "shard": file, "sha256": sha256}
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a journaled shard is on the disk with the bytes that were journaled."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old one or the whole new one."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
+        entries = record["tensors"]
+        path = folder / f"{record['shard']}.safetensors"
+        spans = shard_spans(path)
+        return spans.keys() == entries.keys() and all(
+            sha256_of_span(path, span) == entries[name]["sha256"] for name, span in spans.items()
+        )
+    except (RondelError, OSError, KeyError, TypeError):
+        return False
 
 
 class StageOutput:
-    """The folder a stage writes: `done` and `write` a shard at a time, then `finish`.
+    """The folder a stage writes: `done`, `write` or `take` a shard at a time, then `finish`.
 
     `stage` is the record that the manifest keeps: {"name", "version", "config", "inputs"}; it decides whether an
-    earlier output or an unfinished one is of the same run.
+    earlier output or an unfinished one is of the same run. `finished` tells that there is nothing left to do.
     """
 
     def __init__(self, out: Path, stage: dict[str, Any], *, force: bool = False) -> None:
@@ -52,43 +76,73 @@ class StageOutput:
         self._shards: dict[str, dict[str, Any]] = {}
         self.finished = self._check_finished(force)
         if not self.finished:
-            self._open_partial(force)
+            lock(self.partial)
+            try:
+                self.finished = self._open_partial(force)
+            except BaseException:
+                unlock(self.partial)
+                raise
+
+    # ---- what is there already ----
+
+    def _is_mine(self, manifest: Mapping[str, Any]) -> bool:
+        stages = manifest.get("stages") or [{}]
+        return {key: stages[-1].get(key) for key in self.stage} == self.stage
 
     def _check_finished(self, force: bool) -> bool:
-        if not self.out.exists():
-            return False
-        if self.out.is_dir() and not any(self.out.iterdir()):
+        """Whether OUT is this run's finished output; refuse what must not be replaced."""
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         if not (self.out / MANIFEST).is_file():
             raise RondelError(f"{self.out}: exists and no rondel stage made it; choose another -o")
-        stages = read_manifest(self.out).get("stages", [])
-        if stages and {key: stages[-1].get(key) for key in self.stage} == self.stage:
-            return True
-        if not force:
+        try:
+            manifest = read_manifest(self.out)
+            mine = self._is_mine(manifest)
+            if mine:
+                for file in {entry["shard"] for entry in manifest["tensors"].values()}:
+                    shard_spans(self.out / file)
+        except RondelError as error:
+            if force:
+                return False
+            raise RondelError(f"{error}; or use --force to make {self.out} again") from error
+        if mine:
+            self._drop_replaced()
+        elif not force:
             raise RondelError(
                 f"{self.out}: holds the output of another run (other inputs or settings); "
                 "choose another -o, or use --force to replace it"
             )
+        return mine
+
+    def _open_partial(self, force: bool) -> bool:
+        """Take up an unfinished run or begin one; True where only the last renames were missing."""
+        stage, shards = read_journal(self.partial)
+        if stage is None and (self.partial / MANIFEST).is_file():  # the journal ends before the renames begin
+            if self._is_mine(read_manifest(self.partial)):
+                self._put_in_place()
+                return True
+            stage = {}
+        if stage == self.stage:
+            self._shards = {name: record for name, record in shards.items() if _is_whole(self.partial, record)}
+        elif stage is not None and not force:
+            raise RondelError(
+                f"{self.partial}: an unfinished run with other inputs or settings; remove it or use --force"
+            )
+        elif stage is None and not force and not self._is_fresh():
+            raise RondelError(f"{self.partial}: is in the way and no rondel stage made it; remove it or use --force")
+        self._keep_only({JOURNAL, *(f"{shard}.safetensors" for shard in self._shards)})
+        start_journal(self.partial, self.stage, self._shards.values())
         return False
 
-    def _open_partial(self, force: bool) -> None:
-        journal = self.partial / JOURNAL
-        if journal.is_file():
-            lines = journal.read_text(encoding="utf-8").split("\n")
-            records = [json.loads(line) for line in lines[:-1]]  # a torn last line has no newline: not finished
-            if records and records[0] == self.stage:
-                self._shards = {record["shard"]: record for record in records[1:]}
-                if lines[-1]:
-                    journal.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-                return
-            if records and not force:
-                raise RondelError(
-                    f"{self.partial}: an unfinished run with other inputs or settings; remove it or use --force"
-                )
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
-        journal.write_text(json.dumps(self.stage) + "\n", encoding="utf-8")
+    def _is_fresh(self) -> bool:
+        """Whether the partial folder holds nothing but, at most, a journal that is no longer readable."""
+        return (self.partial / JOURNAL).exists() or all(p.name == f"{JOURNAL}.tmp" for p in self.partial.iterdir())
+
+    def _keep_only(self, names: set[str]) -> None:
+        """Remove what an interrupted write left behind."""
+        for path in self.partial.iterdir():
+            if path.name not in names:
+                _remove(path)
 
     def done(self, shard: str) -> bool:
         """Whether an earlier, interrupted run finished this shard."""
@@ -98,38 +152,89 @@ class StageOutput:
         """What was journaled with a finished shard."""
         return self._shards[shard]["result"]
 
+    # ---- a shard at a time ----
+
     def write(self, shard: str, tensors: Mapping[str, torch.Tensor | Packed], result: Any = None) -> None:
         """Write one shard (a block of the model, say) and journal it. `result` must be JSON."""
         file = f"{shard}.safetensors"
-        entries = {}
-        raw = {}
+        entries, raw = {}, {}
         for name, tensor in tensors.items():
-            if isinstance(tensor, Packed):
-                raw[name] = tensor.data.contiguous()
-                entry = {"format": tensor.format, "shape": list(tensor.shape)}
-            else:
-                raw[name] = tensor.detach().cpu().contiguous()
-                entry = {"format": FLOAT_FORMATS[tensor.dtype], "shape": list(tensor.shape)}
-            entries[name] = entry | {"shard": file, "sha256": sha256_of(raw[name])}
+            packed = isinstance(tensor, Packed)
+            data = tensor.data if isinstance(tensor, Packed) else tensor
+            raw[name] = data.detach().cpu().contiguous()
+            form = tensor.format if isinstance(tensor, Packed) else FLOAT_FORMATS[tensor.dtype]
+            assert packed or raw[name].dtype in FLOAT_FORMATS
+            entries[name] = _entry(form, tensor.shape, file, sha256_of(raw[name]))
         temporary = self.partial / f"{file}.tmp"
-        save_file(raw, temporary)
-        _sync(temporary)
-        temporary.replace(self.partial / file)
-        record = {"shard": shard, "tensors": entries, "result": result}
-        with (self.partial / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(record) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-        self._shards[shard] = json.loads(json.dumps(record))
+        with writing(self.partial / file):
+            save_file(raw, temporary)
+            sync(temporary)
+            temporary.replace(self.partial / file)
+        self._journal(shard, entries, result)
+
+    def take(self, shard: str, source: TensorFolder, names: Sequence[str], result: Any = None) -> None:
+        """Give a shard the tensors of another folder unchanged: by a hard link where one file there holds just these.
+
+        Finished folders are never written to again, so two of them can share a file.
+        """
+        infos = [source.info(name) for name in names]
+        files = {info.shard for info in infos}
+        held = {name for name in source.names() if source.info(name).shard in files}
+        if not source.shareable or len(files) != 1 or held != set(names):
+            tensors = {i.name: source.packed(i.name) if i.packed else source.read(i.name) for i in infos}
+            self.write(shard, tensors, result)
+            return
+        file, stored = f"{shard}.safetensors", source.root / files.pop()
+        temporary = self.partial / f"{file}.tmp"
+        with writing(self.partial / file):
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(stored, temporary)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(stored, temporary)
+                sync(temporary)
+            temporary.replace(self.partial / file)
+        self._journal(shard, {i.name: _entry(i.format, i.shape, file, i.sha256) for i in infos}, result)
+
+    def _journal(self, shard: str, entries: dict[str, Any], result: Any) -> None:
+        record = json.loads(json.dumps({"shard": shard, "tensors": entries, "result": result}))
+        append_journal(self.partial, record)
+        self._shards[shard] = record
+
+    # ---- the end ----
 
     def finish(self, shards: list[str], manifest: Mapping[str, Any], files: Mapping[str, Path] | None = None) -> None:
         """Write the manifest for `shards` in this order, copy side files by name, and put the folder in its place."""
+        self._keep_only({JOURNAL, *(f"{shard}.safetensors" for shard in shards)})
         for name, source in (files or {}).items():
-            shutil.copyfile(source, self.partial / name)
+            with writing(self.partial / name):
+                shutil.copyfile(source, self.partial / name)
+                sync(self.partial / name)
         tensors = {name: entry for shard in shards for name, entry in self._shards[shard]["tensors"].items()}
         whole = {"manifest_version": MANIFEST_VERSION, **manifest, "tensors": tensors}
+        assert self._is_mine(json.loads(json.dumps(whole))), (
+            "the last of the manifest's stages must be this stage's record"
+        )
         write_atomically(self.partial / MANIFEST, json.dumps(whole, indent=1) + "\n")
         (self.partial / JOURNAL).unlink()
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        self.partial.replace(self.out)
+        sync(self.partial)
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Rename the complete folder to OUT. A kill between the renames leaves both, and the next run ends it."""
+        with writing(self.out):
+            replaced = self.out.with_name(self.out.name + REPLACED)
+            if self.out.is_dir() and not any(self.out.iterdir()):
+                self.out.rmdir()
+            elif self.out.exists():
+                self._drop_replaced()
+                self.out.rename(replaced)
+            self.partial.rename(self.out)
+            sync(self.out.parent)
+            self._drop_replaced()
+        unlock(self.partial)
+
+    def _drop_replaced(self) -> None:
+        replaced = self.out.with_name(self.out.name + REPLACED)
+        if (replaced / MANIFEST).is_file():
+            shutil.rmtree(replaced)
