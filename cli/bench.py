@@ -48,7 +48,7 @@ def bench(
 def measure(
     path: Path, *, prompt: int, generate: int, repeat: int, threads: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """Medians of `repeat` runs, in tokens a second, bytes a token and GB/s; the bandwidth of this machine beside them."""
+    """Medians of `repeat` runs: tokens a second, bytes a token, GB/s, and this machine's bandwidth beside them."""
     from rondel.native import Model, Session, instruction_set, read_bandwidth
 
     prefill, decode = [], []

@@ -81,20 +81,33 @@ def result(told: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> No
 
 
 def lines(told: dict[str, Any]) -> str:
-    """Nested facts as aligned "key value" lines, for plans and small results."""
-    rows = list(_flat(told, ""))
+    """Nested facts as aligned "key value" lines, records that come in numbers as tables behind them."""
+    rows: list[tuple[str, str]] = []
+    tables: list[str] = []
+    _flatten(told, "", rows, tables)
     width = max((len(key) for key, _ in rows), default=0)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+    return "\n\n".join(["\n".join(f"{key:<{width}}  {value}" for key, value in rows), *tables])
 
 
-def _flat(told: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _flatten(told: dict[str, Any], prefix: str, rows: list[tuple[str, str]], tables: list[str]) -> None:
     for key, value in told.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
-            yield from _flat({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+            tables.append(_records(prefix + key, [{"name": name} | item for name, item in value.items()]))
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
+            tables.append(_records(prefix + key, list(value)))
+        elif isinstance(value, dict) and value:
+            _flatten(value, f"{prefix}{key}.", rows, tables)
         else:
-            yield prefix + key, _cell(value)
+            rows.append((prefix + key, _cell(value)))
+
+
+def _records(title: str, records: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    kept = (int, float)
+    cells = [
+        [record[c] if type(record.get(c)) in kept else _cell(record.get(c, "")) for c in columns] for record in records
+    ]
+    return f"{title}:\n{table(columns, cells)}"
 
 
 def _cell(value: Any) -> str:
@@ -108,7 +121,7 @@ def _cell(value: Any) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows under a head, columns aligned: numbers right, the rest left. Plain text, so that it pipes well."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(head), *cells]) for column in range(len(head))]
     right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
 

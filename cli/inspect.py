@@ -111,8 +111,8 @@ def _totals(tensors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(told: dict[str, Any], tensors: bool) -> str:
-    named = {key: told[key] for key in told if key not in ("types", "tensors", "stages")}
-    parts = [console.lines(named)]
+    left_out = ("types", "tensors", "stages", "quantization")
+    parts = [console.lines({key: told[key] for key in told if key not in left_out})]
     rows = [
         (name, row["tensors"], row["weights"], row["bytes"], f"{8 * row['bytes'] / max(row['weights'], 1):.3f}")
         for name, row in told["types"].items()
@@ -122,6 +122,5 @@ def _text(told: dict[str, Any], tensors: bool) -> str:
         stages = [(s["name"], s["version"], json.dumps(s["config"], ensure_ascii=False)) for s in told["stages"]]
         parts.append(console.table(("stage", "rondel", "settings"), stages))
     if tensors:
-        rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), t["bytes"]) for t in told["tensors"]]
-        parts.append(console.table(("tensor", "type", "shape", "bytes"), rows))
+        parts.append(console.lines({"tensors": told["tensors"]}).lstrip())
     return "\n\n".join(parts)

@@ -16,7 +16,12 @@ FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file;
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; it appears when it is complete.")
 ]
-StatsOption = Annotated[Path | None, typer.Option("--stats", metavar="DIR", help="Statistics that calibrate wrote.")]
+StatsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats", metavar="DIR", help="Statistics that calibrate wrote. Default: those that rotate left in MODEL."
+    ),
+]
 TargetOption = Annotated[
     Target | None,
     typer.Option(

@@ -34,8 +34,8 @@ def verify(
     """Check every length, scale and hash of a GGUF file or a rondel folder.
 
     A GGUF file is parsed whole; each tensor must lie where the one before it ends, every block's scale must be finite,
-    and its bytes must have the sha256 that export recorded in the file, and with --manifest the checkpoint's. Of a folder, every shard's bytes must have
-    the sha256 of its manifest. The exit code is 1 where anything is wrong.
+    and the bytes must have the sha256 that export recorded, and with --manifest the checkpoint's. Of a folder, every
+    shard's bytes must have the sha256 of its manifest. The exit code is 1 where anything is wrong.
 
     Example:
 

@@ -88,3 +88,19 @@ def open_stats(path: Path) -> Stats:
     if manifest.get("kind") != "stats":
         raise RondelError(f"{path}: holds {manifest.get('kind')!r}, the statistics of rondel calibrate are needed here")
     return Stats(path, manifest)
+
+
+def stats_for(source: Checkpoint, path: Path | None) -> Stats | None:
+    """The statistics at `path` in the basis of `source`: where rotate moved them into its folder, the moved ones.
+
+    Without a path those inside `source`, or None.
+    """
+    inside = source.root / MOVED
+    if not (inside / MANIFEST).is_file():
+        return open_stats(path) if path else None
+    moved = open_stats(inside)
+    if path is None:
+        return moved
+    given = open_stats(path)
+    moved_from = moved.manifest["stages"][-1].get("inputs", {}).get("stats")
+    return moved if moved_from == given.fingerprint() else given

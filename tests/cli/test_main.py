@@ -87,7 +87,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         "from rondel.cli import main\nmain.app = lambda **_: [print('x' * 100) for _ in range(10000)]\nmain.main()"
     )
     writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert writer.stdout is not None and writer.stderr is not None
+    assert writer.stdout is not None
+    assert writer.stderr is not None
     writer.stdout.readline()
     writer.stdout.close()
     assert writer.stderr.read() == b""

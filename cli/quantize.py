@@ -1,0 +1,118 @@
+"""`rondel quantize`: options to QuantizeConfig, one call, one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rondel.cli import console
+from rondel.cli.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    QuietOption,
+    StatsOption,
+    TargetOption,
+    ThreadsOption,
+    UnusedDeviceOption,
+    UnusedSeedOption,
+)
+from rondel.converters.errors import RondelError
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """ "ffn_down=Q4_K" as (pattern, format)."""
+    pattern, equals, format_ = text.rpartition("=")
+    if not (pattern and equals and format_):
+        raise RondelError(f"--tensor {text}: expected PATTERN=FORMAT, such as 'ffn_down=Q4_K'")
+    return pattern, format_
+
+
+def quantize(
+    model: ModelArgument,
+    output: OutputOption,
+    type_: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE", help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128."),
+    ] = "Q4_K_M",
+    stats: StatsOption = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="An imatrix GGUF of llama.cpp, instead of --stats.")
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor",
+            metavar="PATTERN=FORMAT",
+            help="For matrices whose name matches PATTERN, a regular expression. May be repeated.",
+        ),
+    ] = None,
+    embedding_type: Annotated[
+        str | None, typer.Option("--embedding-type", metavar="FORMAT", help="Of the token embedding.")
+    ] = None,
+    output_type: Annotated[
+        str | None, typer.Option("--output-type", metavar="FORMAT", help="Of the head that makes the logits.")
+    ] = None,
+    seed: UnusedSeedOption = 0,
+    target: TargetOption = None,
+    threads: ThreadsOption = None,
+    device: UnusedDeviceOption = "cpu",
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Round the weights of MODEL to block formats.
+
+    The scales of each block are searched for the smallest error, weighted by what calibrate saw. Rows that do not fit
+    a format's blocks fall back to the format that llama.cpp would take, and the report says so.
+
+    Example:
+
+    \b
+      rondel quantize MODEL --stats calib/ --type Q4_K_M -o quantized/
+      rondel quantize MODEL --type Q2_K --tensor ffn_down=Q4_K -o quantized/
+    """
+    from rondel.converters.checkpoint import open_checkpoint
+    from rondel.converters.stats import stats_for
+    from rondel.quant import quantize as stage
+    from rondel.quant.importance import open_imatrix
+
+    if stats and imatrix:
+        raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
+    config = stage.QuantizeConfig(
+        type=type_,
+        pure=pure,
+        tensors=tuple(parse_override(text) for text in tensor or ()),
+        embedding_type=embedding_type,
+        output_type=output_type,
+        target=target,
+        seed=seed,
+    )
+    source = open_checkpoint(model)
+    importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)
+    if dry_run:
+        return console.plan(stage.plan(source, config, importance), as_json=as_json)
+    with console.progress(quiet=quiet) as progress:
+        made = stage.quantize(
+            source, output, config, importance, threads=threads, device=device, force=force, progress=progress
+        )
+    if not quiet:
+        report(made.manifest["quantization"])
+    return console.written("quantize", output, made.manifest, as_json=as_json, quiet=quiet)
+
+
+def report(quantization: dict[str, Any]) -> None:
+    """Say on standard error what did not go as asked: warnings, and the matrices that fell back to another format."""
+    for warning in quantization["warnings"]:
+        console.warn(warning)
+    for name, row in quantization["tensors"].items():
+        if "instead_of" in row:
+            console.warn(
+                f"{name}: {row['format']} instead of {row['instead_of']}; its rows have {row['shape'][1]} columns"
+            )
