@@ -229,9 +229,7 @@ def forward(numbers: Numbers, weights: Tensors, tokens: list[int], steps: list[S
     return x @ tensors.get("output.weight", tensors["token_embd.weight"]).T
 
 
-def _block(
-    numbers: Numbers, tensors: Tensors, x: Array, step: Step, cache: dict[int, tuple[Array, Array]]
-) -> Array:
+def _block(numbers: Numbers, tensors: Tensors, x: Array, step: Step, cache: dict[int, tuple[Array, Array]]) -> Array:
     n, head_dim = len(x), numbers.head_dim
     given = {name: np.asarray(value, np.float16).astype(np.float64) for name, value in step.parameters.items()}
 

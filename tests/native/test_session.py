@@ -29,7 +29,9 @@ VARIANTS = {
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 
 
-def make(tmp_path: Path, numbers: Numbers = VARIANTS["llama"], quantized: gguf.GGMLQuantizationType | None = None) -> Path:
+def make(
+    tmp_path: Path, numbers: Numbers = VARIANTS["llama"], quantized: gguf.GGMLQuantizationType | None = None
+) -> Path:
     return write_gguf(tmp_path / "model.gguf", numbers, random_weights(numbers), quantized=quantized)
 
 

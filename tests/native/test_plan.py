@@ -1,0 +1,221 @@
+"""Replication: the executed plan against float64 and against materialised layers, and everything a plan may get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from rondel.native import Model, NativeError, Session
+from tests.native.reference import (
+    ATTENTION,
+    BLOCK,
+    FFN,
+    MEAN,
+    NONE,
+    SUM,
+    WEIGHTED_SUM,
+    Numbers,
+    Step,
+    forward,
+    number_steps,
+    plain_steps,
+    random_weights,
+    replication_keys,
+    write_gguf,
+)
+
+LARGEST_ERROR = 1e-5  # float32 against float64, see test_session.py
+TOKENS = [3, 17, 5, 59, 0, 3, 41, 22, 8, 13]
+NUMBERS = Numbers()
+TYPES = gguf.GGUFValueType
+OPEN = {"gate_attn": np.float32(1), "gate_ffn": np.float32(1)}
+CLOSED = {"gate_attn": np.float32(0), "gate_ffn": np.float32(0)}
+
+
+def gains(seed: int = 1) -> dict[str, Any]:
+    """Every kind of parameter that the runtime executes."""
+    generator = np.random.default_rng(seed)
+    sizes = {"attn_norm_gain": 32, "ffn_norm_gain": 32, "attn_out_gain": 32, "ffn_out_gain": 32, "q_head_gain": 4}
+    values: dict[str, Any] = {name: 1 + 0.3 * generator.standard_normal(size) for name, size in sizes.items()}
+    values["hidden_gain"] = 1 + 0.3 * generator.standard_normal(48)
+    values["attn_out_bias"] = 0.3 * generator.standard_normal(32)
+    values["ffn_out_bias"] = 0.3 * generator.standard_normal(32)
+    return values | {"gate_attn": np.float32(0.5), "gate_ffn": np.float32(0.25)}
+
+
+def serial(copy: dict[str, Any], parts: int = BLOCK) -> tuple[list[Step], list[int]]:
+    steps = number_steps([Step(0), Step(1), Step(1, 1, parts, parameters=copy), Step(2)])
+    return steps, [NONE] * 4
+
+
+def parallel(copy: dict[str, Any], merge: int, first: dict[str, Any] | None = None) -> tuple[list[Step], list[int]]:
+    steps = [Step(0), Step(1, 0, BLOCK, 1, 1, first or {}), Step(1, 1, BLOCK, 1, 2, copy), Step(2, group=2, kv=3)]
+    return steps, [NONE, merge, NONE]
+
+
+def evaluate(path: Path, replication: bool = True, batch: int = 512) -> np.ndarray:
+    with Model(path) as model, Session(model, threads=1, batch=batch, replication=replication) as session:
+        return session.eval(TOKENS, all=True)
+
+
+def write(tmp_path: Path, steps: list[Step], merges: list[int], **changes: Any) -> Path:
+    keys = replication_keys(NUMBERS.layers, steps, merges)
+    for name, value in changes.items():
+        key = "rondel.replication." + name.replace("__", ".")
+        if value is None:
+            del keys[key]
+        elif isinstance(value, tuple):
+            keys[key] = value
+        else:
+            keys[key] = (value, *keys[key][1:])
+    return write_gguf(tmp_path / "replicated.gguf", NUMBERS, random_weights(NUMBERS), keys)
+
+
+def base(tmp_path: Path) -> np.ndarray:
+    return evaluate(write_gguf(tmp_path / "base.gguf", NUMBERS, random_weights(NUMBERS)))
+
+
+PLANS = {
+    "serial": serial(gains()),
+    "serial-attention": serial(gains(), ATTENTION),
+    "parallel-sum": parallel(gains(), SUM),
+    "parallel-mean": parallel(gains(), MEAN, {"gate_attn": np.float32(0.75)}),
+    "parallel-weighted": parallel(gains(), WEIGHTED_SUM, OPEN | {"ffn_out_gain": np.full(32, 1.25)}),
+    "serial-ffn-without-cache": (
+        [Step(0), Step(0, 1, FFN, 1, -1, gains()), Step(1, group=2, kv=1), Step(2, group=3, kv=2)],
+        [NONE] * 4,
+    ),
+    "shared-cache": (
+        [Step(0), Step(1, group=1, kv=1), Step(1, 1, BLOCK, 2, 1, gains()), Step(2, group=3, kv=2)],
+        [NONE] * 4,
+    ),
+    "three-in-parallel": (
+        [Step(0), Step(0, 1, group=0, kv=1, parameters=gains(2)), Step(0, 2, group=0, kv=2, parameters=gains(3))]
+        + [Step(1, group=1, kv=3), Step(2, group=2, kv=4)],
+        [MEAN, NONE, NONE],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_are_those_of_float64(name: str, tmp_path: Path) -> None:
+    steps, merges = PLANS[name]
+    expected = forward(NUMBERS, random_weights(NUMBERS), TOKENS, steps, merges)
+    path = write(tmp_path, steps, merges)
+    got = evaluate(path)
+    assert np.abs(got - expected).max() < LARGEST_ERROR * np.abs(expected).max()
+    assert np.abs(got - base(tmp_path)).max() > 1e-2 * np.abs(expected).max()  # the plan does something
+    assert np.array_equal(evaluate(path, batch=1), got)
+    with Model(path) as model:
+        assert (model.steps(), model.steps(replication=False)) == (len(steps), NUMBERS.layers)
+
+
+@pytest.mark.parametrize("plan", [serial(gains()), parallel(gains(), MEAN)])
+def test_without_replication_the_base_path_runs(plan: tuple[list[Step], list[int]], tmp_path: Path) -> None:
+    assert np.array_equal(evaluate(write(tmp_path, *plan), replication=False), base(tmp_path))
+
+
+@pytest.mark.parametrize("plan", [serial(gains() | CLOSED), parallel(gains() | CLOSED, SUM)])
+def test_closed_gates_leave_no_trace(plan: tuple[list[Step], list[int]], tmp_path: Path) -> None:
+    assert np.array_equal(evaluate(write(tmp_path, *plan)), base(tmp_path))
+
+
+def test_serial_copies_equal_real_layers(tmp_path: Path) -> None:
+    weights = random_weights(NUMBERS)
+    copied = {name: tensor for name, tensor in weights.items() if not name.startswith("blk.")}
+    for to, layer in enumerate([0, 1, 1, 2]):
+        for name, tensor in weights.items():
+            if name.startswith(f"blk.{layer}."):
+                copied[name.replace(f"blk.{layer}.", f"blk.{to}.")] = tensor
+    real = write_gguf(tmp_path / "real.gguf", Numbers(layers=4), copied)
+    assert np.array_equal(evaluate(write(tmp_path, *serial(OPEN))), evaluate(real))
+
+
+def test_sparse_entries_keep_the_identity_elsewhere(tmp_path: Path) -> None:
+    gain = np.ones(32)
+    gain[[3, 30]] = [0.5, 2]
+    dense = evaluate(write(tmp_path, *serial(OPEN | {"ffn_out_gain": gain})))
+    steps, merges = serial(OPEN | {"ffn_out_gain": np.zeros(4)})
+    keys = replication_keys(NUMBERS.layers, steps, merges)
+    import base64
+
+    payload = np.array([1, 1], "<f2").tobytes()
+    payload += b"".join(np.uint16(i).tobytes() + np.float16(v).tobytes() for i, v in ((3, 0.5), (30, 2)))
+    changes = {"ent__enc": [0, 0, 1], "ent__len": [1, 1, 2], "payload": base64.b64encode(payload).decode()}
+    assert "rondel.replication.ent.enc" in keys
+    assert np.array_equal(evaluate(write(tmp_path, steps, merges, **changes)), dense)
+
+
+def test_copies_inherit_from_their_layer(tmp_path: Path) -> None:
+    """The layer's own set (here set 2) fills in what the copy's set leaves out, also for pass 0."""
+    layer = {"ffn_out_gain": np.full(32, 0.5)}
+    explicit = [Step(0), Step(1, 0, BLOCK, 1, 1, layer), Step(1, 1, BLOCK, 2, 2, OPEN | layer), Step(2, group=3, kv=3)]
+    expected = evaluate(write(tmp_path, explicit, [NONE] * 4))
+    inherited = [Step(0), Step(1, 0, BLOCK, 1, 1, layer), Step(1, 1, BLOCK, 2, 2, OPEN), Step(2, group=3, kv=3)]
+    changes = {"step__pset": [0, 0, 2, 0], "layer__pset": ([0, 1, 0], TYPES.ARRAY, TYPES.UINT32)}
+    assert np.array_equal(evaluate(write(tmp_path, inherited, [NONE] * 4, **changes)), expected)
+
+
+def test_unknown_minor_keys_are_ignored(tmp_path: Path) -> None:
+    plan = serial(gains())
+    expected = evaluate(write(tmp_path, *plan))
+    changed = write(tmp_path, *plan, version=[1, 7, 0], step__when=([0, 0, 1, 0], TYPES.ARRAY, TYPES.UINT8))
+    assert np.array_equal(evaluate(changed), expected)
+
+
+def test_an_unknown_major_version_runs_the_base_path_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, *serial(gains()), version=[2, 0, 0])
+    assert np.array_equal(evaluate(path), base(tmp_path))
+    with Model(path) as model:
+        assert len(model.warnings) == 1
+        assert "version 2 is ignored" in model.warnings[0]
+
+
+def test_an_unknown_major_version_of_a_strict_file_refuses(tmp_path: Path) -> None:
+    path = write(tmp_path, *serial(gains()), version=[2, 0, 0], strict=(True, TYPES.BOOL, None))
+    with pytest.raises(NativeError, match="not acceptable"):
+        Model(path)
+
+
+U8, U32 = (TYPES.ARRAY, TYPES.UINT8), (TYPES.ARRAY, TYPES.UINT32)
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "base order": ({"step__layer": [1, 0, 1, 2]}, "breaks its base path"),
+    "base missing": ({"step__pass": [0, 0, 1, 1]}, "pass 0"),
+    "base in parts": ({"step__parts": [1, 3, 3, 3]}, "breaks its base path"),
+    "no parts": ({"step__parts": [0, 3, 3, 3]}, "step.parts is outside 1 to 3"),
+    "groups": ({"step__group": [0, 1, 0, 1]}, "not contiguous"),
+    "group gap": ({"step__group": [0, 1, 3, 4]}, "not contiguous"),
+    "no merge": ({"step__group": [0, 1, 1, 2]}, "no merge"),
+    "unknown merge": ({"group__merge": [0, 4, 0, 0]}, "outside 0 to 3"),
+    "slot before use": ({"step__kv": [0, 2, 1, 3]}, "KV slot 2"),
+    "no slot": ({"step__kv": [0, -1, 1, 2]}, "KV slot -1"),
+    "shared slot in pass 0": ({"step__kv": [0, 0, 1, 2]}, "shares a KV slot"),
+    "layer": ({"step__layer": [0, 1, 3, 2]}, "outside 0 to 2"),
+    "length": ({"step__pass": [0, 0, 1]}, "3 elements"),
+    "missing array": ({"step__kv": None}, "0 elements"),
+    "base layers": ({"n_base": 4}, "n_base is 4, the model has 3"),
+    "set": ({"step__pset": [0, 0, 2, 0]}, "outside 0 to 1"),
+    "set bounds": ({"pset__first": [0, 9]}, "pset.first"),
+    "set order": ({"pset__first": [1, 10]}, "pset.first"),
+    "entry offset": ({"ent__off": [0] * 9 + [4_000_000_000]}, "outside the payload"),
+    "entry length": ({"ent__len": [31] + [1] * 9}, "31 values, expected 32"),
+    "kind": ({"ent__kind": [21] + [3] * 9}, "kind 21 .expert gain. cannot be executed"),
+    "encoding": ({"ent__enc": [2] * 10}, "encoding 2"),
+    "payload": ({"payload": "AAA*"}, "base64"),
+    "empty payload": ({"payload": ""}, "outside the payload"),
+    "gates": ({"step__pset": [0, 0, 0, 0]}, "no gate of its own"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_plan_refuses_but_leaves_the_base_path(name: str, tmp_path: Path) -> None:
+    changes, sentence = WRONG[name]
+    path = write(tmp_path, *serial(gains()), **changes)
+    with Model(path) as model:
+        with pytest.raises(NativeError, match=sentence + ".*without replication"):
+            Session(model, threads=1)
+        Session(model, threads=1, replication=False).eval(TOKENS)
