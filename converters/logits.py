@@ -22,6 +22,7 @@ MAGIC = b"_logits_"
 HEADER = struct.Struct("<8sIii")
 RANGE = np.float32(16)  # nats below the likeliest token that the 16 bits cover
 STEPS = np.float32(65535)
+ROUNDING = 1e-2  # nats: float32 may put a certain token's log-probability this far above 0
 MAX_CONTEXT = 1 << 24  # no model comes near; keeps every product below 2^63
 
 
@@ -135,9 +136,9 @@ class LogitsFile:
         per_window = scored_rows(self.context)
         start = window * per_window + first
         stop = (window + 1) * per_window if count is None else start + count
-        decoded = decode_rows(self._rows[start:stop], self.vocabulary)
-        if not np.isfinite(decoded[:, 0]).all():  # scale or lowest: one spoils the whole row
-            raise RondelError(
-                f"{self.path}: damaged: a scale in window {window} is not a finite number; write it again"
-            )
-        return decoded
+        packed = self._rows[start:stop]
+        scale, lowest = np.ascontiguousarray(packed[:, :8]).view("<f4").astype(np.float64).T
+        # The likeliest token has code 65535 and a probability of at most 1. Not-a-number fails the comparisons too.
+        if not (np.all(scale >= 0) and np.all(scale * STEPS + lowest < ROUNDING) and np.all(np.isfinite(lowest))):
+            raise RondelError(f"{self.path}: damaged: window {window} holds no log-probabilities; write the file again")
+        return decode_rows(packed, self.vocabulary)

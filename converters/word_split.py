@@ -24,7 +24,8 @@ _STARCODER = (r"\p{N}", *_GPT2)
 _LLAMA3 = (_words(r"\p{N}{1,3}"),)
 _QWEN2 = (_words(r"\p{N}"),)
 _QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LAST_SPACES}",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LAST_SPACES}",
 )
 # Letters are told apart by ASCII case alone, as llama.cpp does: every other letter counts as both cases.
 _UPPER, _LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"

@@ -96,7 +96,8 @@ def windows(tokens: Sequence[int], context: int, limit: int | None = None) -> ND
     count = len(tokens) // context
     if not count:
         raise RondelError(
-            f"the text has {len(tokens)} tokens, less than one window of {context}: use a longer text or a smaller context"
+            f"the text has {len(tokens)} tokens, less than one window of {context}: "
+            "give a longer text or a smaller context"
         )
     if limit is not None:
         count = min(count, limit)
@@ -109,8 +110,8 @@ def check_base(
     """The windows to score against `base`: its own, which must be those of the text (`cut`) where one is given."""
     if base.vocabulary != vocabulary:
         raise RondelError(
-            f"{base.path}: logits over {base.vocabulary} tokens, this model has {vocabulary}: write the file with a model "
-            "of the same vocabulary"
+            f"{base.path}: logits over {base.vocabulary} tokens, this model has {vocabulary}: "
+            "write the file with a model of the same vocabulary"
         )
     count = base.windows if limit is None else min(base.windows, limit)
     if cut is not None:
@@ -146,7 +147,7 @@ def perplexity(
             rows = logits[start : start + step]
             if not np.isfinite(rows).all():
                 raise RondelError(
-                    f"window {number}: the model's logits are not finite numbers; check it with rondel verify"
+                    f"window {number}: the model's logits are not all finite; check it with rondel verify"
                 )
             following = window[first + 1 + start : first + 1 + start + len(rows)]
             score.add(rows, following, base.rows(number, start, len(rows)) if base else None)

@@ -6,7 +6,28 @@
 #include "kernels.h"
 #include "rondel.h"
 
+#ifdef RONDEL_X86
+#include <cpuid.h>
+
+/* The compiler's predicates also ask whether the operating system saves the wide registers; F16C needs only AVX's. */
+int avx2_usable(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma");
+}
+
+int avx512_usable(void) {
+    return avx2_usable() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 static const struct kernels *const instruction_sets[] = {
+#ifdef RONDEL_X86
+    &kernels_avx512,
+    &kernels_avx2,
+#endif
     &kernels_scalar,
 };
 enum { COUNT = sizeof instruction_sets / sizeof instruction_sets[0] };

@@ -22,14 +22,15 @@ static void pack_bf16(const float *x, int64_t cols, void *packed) {
 }
 
 static float absolute_maximum(const float *x, int64_t n) {
-    float maximum = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (fabsf(x[i]) > maximum) maximum = fabsf(x[i]);
-    return maximum;
+    int32_t maximum = 0;
+    for (int64_t i = 0; i < n; i++) maximum = magnitude_bits(x[i]) > maximum ? magnitude_bits(x[i]) : maximum;
+    return float_of_bits(maximum);
 }
 
-/* quants[i] = x[i] * factor to nearest even, in -128..127; returns their sum. Defined for every bit pattern. */
+/* quants[i] = x[i] * factor to nearest even, in -127..127, or all zero for a zero factor; returns their sum. */
 static int32_t quantize(const float *x, int64_t n, float factor, int8_t *quants) {
+    memset(quants, 0, (size_t)n);
+    if (factor == 0) return 0;
     int32_t sum = 0;
     for (int64_t i = 0; i < n; i++) {
         quants[i] = nearest_int8(x[i] * factor);
@@ -38,6 +39,7 @@ static int32_t quantize(const float *x, int64_t n, float factor, int8_t *quants)
     return sum;
 }
 
+/* ggml's rounding on x86 and Arm: factor 127 / maximum, nearest even; its portable fallback rounds ties away. */
 static void pack_q8(const float *x, int64_t cols, void *packed, int with_sums) {
     int8_t *quants = packed;
     float *scales = (float *)q8_scales(packed, cols), *sums = (float *)q8_sums(packed, cols);
@@ -57,13 +59,13 @@ static void pack_q8_1(const float *x, int64_t cols, void *packed) { pack_q8(x, c
 static void pack_q8_k(const float *x, int64_t cols, void *packed) {
     struct q8_k *out = packed;
     for (int64_t block = 0; block < cols / 256; block++, x += 256, out++) {
-        float extreme = 0;
-        for (int i = 0; i < 256; i++)
-            if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
-        float factor = q8_factor(extreme) == 0 ? 0 : -127.0f / extreme;
+        float maximum = absolute_maximum(x, 256), factor = q8_factor(maximum);
+        int first = 0;
+        while (magnitude_bits(x[first]) != magnitude_bits(maximum)) first++;
+        if (x[first] > 0) factor = -factor;
         memset(out, 0, sizeof *out);
         for (int i = 0; i < 16; i++) out->sums[i] = (int16_t)quantize(x + 16 * i, 16, factor, out->quants + 16 * i);
-        out->scale = factor == 0 ? 0 : 1.0f / factor;
+        out->scale = q8_k_scale(maximum, factor);
     }
 }
 

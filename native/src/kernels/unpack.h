@@ -113,12 +113,14 @@ static inline void unpack_q3_k(const void *block, struct unpacked_256 *out) {
 /* Eight pairs of 6-bit scale and min in 12 bytes: 0..3 = EEAAAAAA (scale A, top of E), 4..7 = eeaaaaaa (mins),
  * 8..11 = eeeeEEEE (low nibbles of the second four). */
 static inline void unpack_scales_q4_k(const uint8_t bytes[12], uint8_t scales[8], uint8_t mins[8]) {
-    for (int i = 0; i < 4; i++) {
-        scales[i] = bytes[i] & 63;
-        mins[i] = bytes[i + 4] & 63;
-        scales[i + 4] = (bytes[i + 8] & 15) | bytes[i] >> 6 << 4;
-        mins[i + 4] = bytes[i + 8] >> 4 | bytes[i + 4] >> 6 << 4;
-    }
+    uint32_t words[3]; /* four bytes at a time */
+    memcpy(words, bytes, 12);
+    uint32_t low = words[0] & 0x3f3f3f3f, high = (words[2] & 0x0f0f0f0f) | (words[0] >> 2 & 0x30303030);
+    memcpy(scales, &low, 4);
+    memcpy(scales + 4, &high, 4);
+    low = words[1] & 0x3f3f3f3f, high = (words[2] >> 4 & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030);
+    memcpy(mins, &low, 4);
+    memcpy(mins + 4, &high, 4);
 }
 
 static inline void unpack_pairs_q4_k(const uint8_t bytes[12], struct unpacked_256 *out) {

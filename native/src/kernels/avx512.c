@@ -1,0 +1,75 @@
+/* The AVX-512 instruction set (F, BW, DQ, VL and VNNI): float rows and the table. Activations are packed by AVX2, which
+ * is bound by memory already. */
+#ifdef RONDEL_X86
+#include "kernels.h"
+#include "x86.h"
+
+/* The first n lanes. */
+static inline __mmask16 lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+
+static inline __m512 load_floats(const float *x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+static inline __m512 load_halves(const uint16_t *x, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
+}
+static inline __m512 load_bfloats(const uint16_t *x, __mmask16 mask) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* sum of LOAD(a) LOAD(b) in four running vectors; what is left over is a masked vector. */
+#define DOT(LOAD)                                                                                            \
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};   \
+    int64_t i = 0;                                                                                           \
+    for (; i + 64 <= n; i += 64)                                                                             \
+        for (int j = 0; j < 4; j++)                                                                          \
+            sums[j] = _mm512_fmadd_ps(LOAD(a + i + 16 * j, 0xffff), LOAD(b + i + 16 * j, 0xffff), sums[j]);  \
+    for (; i < n; i += 16) {                                                                                 \
+        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;                                                 \
+        sums[0] = _mm512_fmadd_ps(LOAD(a + i, mask), LOAD(b + i, mask), sums[0]);                            \
+    }                                                                                                        \
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])))
+
+static float dot_f32(const float *a, const float *b, int64_t n) { DOT(load_floats); }
+static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_halves); }
+static float dot_bf16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_bfloats); }
+
+static float dot_row_f32(const void *row, const void *packed, int64_t cols) { return dot_f32(row, packed, cols); }
+static float dot_row_f16(const void *row, const void *packed, int64_t cols) { return dot_f16(row, packed, cols); }
+static float dot_row_bf16(const void *row, const void *packed, int64_t cols) { return dot_bf16(row, packed, cols); }
+
+#define AXPY(LOAD)                                                                                           \
+    __m512 factor = _mm512_set1_ps(scale);                                                                   \
+    for (int64_t i = 0; i < n; i += 16) {                                                                    \
+        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;                                                 \
+        __m512 sum = _mm512_fmadd_ps(factor, LOAD(x + i, mask), load_floats(y + i, mask));                   \
+        _mm512_mask_storeu_ps(y + i, mask, sum);                                                             \
+    }
+
+static void axpy_f32(float *y, float scale, const float *x, int64_t n) { AXPY(load_floats) }
+static void axpy_f16(float *y, float scale, const uint16_t *x, int64_t n) { AXPY(load_halves) }
+
+static void butterfly(float *a, float *b, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;
+        __m512 left = load_floats(a + i, mask), right = load_floats(b + i, mask);
+        _mm512_mask_storeu_ps(a + i, mask, _mm512_add_ps(left, right));
+        _mm512_mask_storeu_ps(b + i, mask, _mm512_sub_ps(left, right));
+    }
+}
+
+const struct kernels kernels_avx512 = {
+    .name = "avx512",
+    .usable = avx512_usable,
+    .pack = {[ACT_F32] = avx2_pack_f32, [ACT_F16] = avx2_pack_f16, [ACT_BF16] = avx2_pack_bf16,
+             [ACT_Q8_0] = avx2_pack_q8_0, [ACT_Q8_1] = avx2_pack_q8_1, [ACT_Q8_K] = avx2_pack_q8_k,
+             [ACT_TILE_64] = avx2_pack_tile_64, [ACT_TILE_128] = avx2_pack_tile_128,
+             [ACT_TILE_256] = avx2_pack_tile_256},
+    .dot = {[FMT_F32] = dot_row_f32, [FMT_F16] = dot_row_f16, [FMT_BF16] = dot_row_bf16, BLOCK_DOTS(avx512)},
+    .panel = {TILE_PANELS(avx512)},
+    .dot_f32 = dot_f32,
+    .dot_f16 = dot_f16,
+    .axpy_f32 = axpy_f32,
+    .axpy_f16 = axpy_f16,
+    .butterfly = butterfly,
+};
+#endif

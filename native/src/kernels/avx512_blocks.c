@@ -1,0 +1,196 @@
+/* AVX-512 dot products of ggml's block formats: the integer sums of scalar_blocks.c, sixteen partial sums at a time. */
+#ifdef RONDEL_X86
+#include "x86.h"
+
+static inline __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+/* ---- blocks of 32: unsigned codes u = q + zero, two blocks a vector ---- */
+
+static inline __m256i codes_q4_0(const struct q4_0 *q) { return nibbles_32(q->codes); }
+static inline __m256i codes_q4_1(const struct q4_1 *q) { return nibbles_32(q->codes); }
+static inline __m256i codes_q5_0(const struct q5_0 *q) { return fives_32(q->codes, q->high); }
+static inline __m256i codes_q5_1(const struct q5_1 *q) { return fives_32(q->codes, q->high); }
+static inline __m256i codes_q8_0(const struct q8_0 *q) {
+    return _mm256_xor_si256(load_256(q->codes), _mm256_set1_epi8((char)128));
+}
+static inline __m256i codes_iq4_nl(const struct iq4_nl *q) {
+    __m128i levels = _mm_xor_si128(load_128(iq4_levels), _mm_set1_epi8((char)128));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles_32(q->codes));
+}
+
+/* sum(q x) = sum(u x) - sum(zero x), each by vpdpbusd; x is padded with zeros to a whole vector, so a last odd
+ * block meets itself again times zero. */
+#define DOT_32(name, zero, MIN)                                                                                  \
+    float avx512_dot_##name(const void *row, const void *packed, int64_t cols) {                                 \
+        const struct name *w = row;                                                                              \
+        const int8_t *quants = packed;                                                                           \
+        const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);                            \
+        __m512i none = _mm512_setzero_si512();                                                                   \
+        __m512 total = _mm512_setzero_ps();                                                                      \
+        float mins = 0;                                                                                          \
+        for (int64_t i = 0, blocks = cols / 32; i < blocks; i += 2) {                                            \
+            int64_t j = i + 1 < blocks ? i + 1 : i;                                                              \
+            __m512i x = _mm512_loadu_si512(quants + 32 * i);                                                     \
+            __m512i sum = _mm512_dpbusd_epi32(none, join(codes_##name(w + i), codes_##name(w + j)), x);          \
+            if (zero) sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(none, _mm512_set1_epi8((char)(zero)), x)); \
+            __m256 first = _mm256_set1_ps(half_at(w[i].scale) * scales[i]);                                      \
+            __m256 second = _mm256_set1_ps(half_at(w[j].scale) * scales[j]);                                     \
+            __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);                         \
+            total = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), total);                                      \
+            mins += MIN(i);                                                                                      \
+            if (j > i) mins += MIN(j);                                                                           \
+        }                                                                                                        \
+        (void)sums;                                                                                              \
+        return _mm512_reduce_add_ps(total) + mins;                                                               \
+    }
+#define NO_MIN(i) 0
+#define MIN(i) half_at(w[i].min) * sums[i]
+DOT_32(q4_0, 8, NO_MIN)
+DOT_32(q4_1, 0, MIN)
+DOT_32(q5_0, 16, NO_MIN)
+DOT_32(q5_1, 0, MIN)
+DOT_32(q8_0, 128, NO_MIN)
+DOT_32(iq4_nl, 128, NO_MIN)
+
+/* ---- blocks of 256: maddubs of unsigned codes <= 63, then vpdpwssd with 16-bit scales; 4 x 64 codes ---- */
+
+/* Word i of `table` where `index` says i. */
+static inline __m512i spread(__m256i table, __m512i index) {
+    return _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table));
+}
+
+/* Four times eight words: first + a, first + b, first + c, first + d. */
+static inline __m512i indices(int a, int b, int c, int d, int first) {
+    __m256i low = _mm256_set_m128i(_mm_set1_epi16((short)(b + first)), _mm_set1_epi16((short)(a + first)));
+    __m256i high = _mm256_set_m128i(_mm_set1_epi16((short)(d + first)), _mm_set1_epi16((short)(c + first)));
+    return join(low, high);
+}
+
+/* 32 bytes of the low half of a vector and 32 of the high half, each the `value`. */
+static inline __m512i halves(int low, int high) {
+    return join(_mm256_set1_epi8((char)low), _mm256_set1_epi8((char)high));
+}
+
+static inline __m512i accumulate(__m512i sum, __m512i scales, __m512i codes, __m512i x) {
+    return _mm512_dpwssd_epi32(sum, _mm512_maddubs_epi16(codes, x), scales);
+}
+
+/* Q2, Q3, Q6: field t of both runs of 32 bytes, which is elements 32 t.. and 128 + 32 t... */
+static inline __m512i quants_of_field(const struct q8_k *x, int t) {
+    return join(load_256(x->quants + 32 * t), load_256(x->quants + 128 + 32 * t));
+}
+static inline __m512i scales_of_field(__m256i scales, int t) { return spread(scales, indices(0, 1, 8, 9, 2 * t)); }
+static inline __m512i fields_2(__m512i bytes, int t) {
+    return _mm512_and_si512(_mm512_srl_epi16(bytes, _mm_cvtsi32_si128(2 * t)), _mm512_set1_epi8(3));
+}
+
+static inline __m512i minus(__m256i sums) {
+    return _mm512_zextsi256_si512(_mm256_sub_epi32(_mm256_setzero_si256(), sums));
+}
+
+static inline __m512 scaled(__m512 total, float scale, __m512i sum) {
+    return _mm512_fmadd_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum), total);
+}
+
+float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
+    const struct q2_k *w = row;
+    const struct q8_k *x = packed;
+    __m512 total = _mm512_setzero_ps();
+    for (const struct q2_k *end = w + cols / 256; w < end; w++, x++) {
+        __m128i both = load_128(w->scales), four = _mm_set1_epi8(15);
+        __m256i scales = _mm256_cvtepi8_epi16(_mm_and_si128(both, four));
+        __m256i mins = _mm256_cvtepi8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), four));
+        __m512i codes = _mm512_loadu_si512(w->codes), sum = _mm512_setzero_si512();
+        for (int t = 0; t < 4; t++)
+            sum = accumulate(sum, scales_of_field(scales, t), fields_2(codes, t), quants_of_field(x, t));
+        total = scaled(total, half_at(w->scale) * x->scale, sum);
+        total = scaled(total, half_at(w->min) * x->scale, minus(dot_sums(x->sums, mins)));
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+/* With u = q + 4 in 0..7: sum of s (q x) = sum of s (u x) - 4 sum of s sum(x). */
+float avx512_dot_q3_k(const void *row, const void *packed, int64_t cols) {
+    const struct q3_k *w = row;
+    const struct q8_k *x = packed;
+    __m512 total = _mm512_setzero_ps();
+    for (const struct q3_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i scales = _mm256_cvtepi8_epi16(_mm_sub_epi8(scales_q3_k(w->scales), _mm_set1_epi8(32)));
+        __m512i sum = minus(_mm256_slli_epi32(dot_sums(x->sums, scales), 2));
+        __m512i codes = _mm512_loadu_si512(w->codes), high = _mm512_broadcast_i64x4(load_256(w->high));
+        for (int t = 0; t < 4; t++) {
+            __mmask64 set = _mm512_test_epi8_mask(high, halves(1 << t, 16 << t));
+            __m512i u = fields_2(codes, t);
+            u = _mm512_mask_add_epi8(u, set, u, _mm512_set1_epi8(4));
+            sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
+        }
+        total = scaled(total, half_at(w->scale) * x->scale, sum);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+/* With u = q + 32 in 0..63: sum of s (q x) = sum of s (u x) - 32 sum of s sum(x). */
+float avx512_dot_q6_k(const void *row, const void *packed, int64_t cols) {
+    const struct q6_k *w = row;
+    const struct q8_k *x = packed;
+    __m512 total = _mm512_setzero_ps();
+    for (const struct q6_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i scales = _mm256_cvtepi8_epi16(load_128(w->scales));
+        __m512i sum = minus(_mm256_slli_epi32(dot_sums(x->sums, scales), 5));
+        __m512i first = _mm512_loadu_si512(w->low), second = _mm512_loadu_si512(w->low + 64);
+        __m512i high = _mm512_loadu_si512(w->high), nibble = _mm512_set1_epi8(15);
+        /* The run of 32 low bytes that fields 0 and 2 use, of both halves, and the run of fields 1 and 3. */
+        __m512i low[2] = {_mm512_shuffle_i64x2(first, second, 0x44), _mm512_shuffle_i64x2(first, second, 0xee)};
+        for (int t = 0; t < 4; t++) {
+            __m512i four = t < 2 ? low[t] : _mm512_srli_epi16(low[t - 2], 4);
+            __m512i u = _mm512_or_si512(_mm512_and_si512(four, nibble), _mm512_slli_epi16(fields_2(high, t), 4));
+            sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
+        }
+        total = scaled(total, half_at(w->scale) * x->scale, sum);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+/* Q4_K, and Q5_K with its fifth bits. Vector v of 64 code bytes holds in its low nibbles the sub-blocks 4 v and
+ * 4 v + 2, in its high nibbles 4 v + 1 and 4 v + 3. Bit i of a byte of `high` (or NULL) belongs to sub-block i. */
+static inline __m512 block_q4_k(const uint8_t *scale_bytes, const uint8_t *codes, const uint8_t *high, float scale,
+                                float min, const struct q8_k *x, __m512 total) {
+    __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(scale_bytes));
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < 4; i++) {
+        int first = i / 2 * 4 + i % 2; /* the lower of the two sub-blocks */
+        __m512i bytes = _mm512_loadu_si512(codes + i / 2 * 64);
+        __m512i u = _mm512_and_si512(i % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+        if (high) {
+            __m512i bits = _mm512_broadcast_i64x4(load_256(high));
+            __mmask64 set = _mm512_test_epi8_mask(bits, halves(1 << first, 4 << first));
+            u = _mm512_mask_add_epi8(u, set, u, _mm512_set1_epi8(16));
+        }
+        __m512i quants = join(load_256(x->quants + 32 * first), load_256(x->quants + 32 * first + 64));
+        sum = accumulate(sum, spread(factors, indices(0, 0, 2, 2, first)), u, quants);
+    }
+    /* Each min, words 8 to 15 of the factors, serves two sums of 16. */
+    __m128i mins = _mm256_extracti128_si256(factors, 1);
+    __m256i twice = _mm256_set_m128i(_mm_unpackhi_epi16(mins, mins), _mm_unpacklo_epi16(mins, mins));
+    total = scaled(total, scale * x->scale, sum);
+    return scaled(total, min * x->scale, minus(dot_sums(x->sums, twice)));
+}
+
+float avx512_dot_q4_k(const void *row, const void *packed, int64_t cols) {
+    const struct q4_k *w = row;
+    const struct q8_k *x = packed;
+    __m512 total = _mm512_setzero_ps();
+    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++)
+        total = block_q4_k(w->scales, w->codes, NULL, half_at(w->scale), half_at(w->min), x, total);
+    return _mm512_reduce_add_ps(total);
+}
+
+float avx512_dot_q5_k(const void *row, const void *packed, int64_t cols) {
+    const struct q5_k *w = row;
+    const struct q8_k *x = packed;
+    __m512 total = _mm512_setzero_ps();
+    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++)
+        total = block_q4_k(w->scales, w->codes, w->high, half_at(w->scale), half_at(w->min), x, total);
+    return _mm512_reduce_add_ps(total);
+}
+#endif

@@ -1,0 +1,113 @@
+/* What the AVX2 and AVX-512 files share: the functions behind their tables, and small pieces of AVX2. Included only by
+ * files compiled with at least -mavx2 -mfma -mf16c. */
+#ifndef RONDEL_X86_H
+#define RONDEL_X86_H
+#include <immintrin.h>
+
+#include "blocks.h"
+
+int avx2_usable(void);   /* dispatch.c, which is compiled for every processor */
+int avx512_usable(void);
+
+/* The AVX2 functions that the AVX-512 table takes over, or uses for what is left at the end of a row. */
+void avx2_pack_f32(const float *x, int64_t cols, void *packed);
+void avx2_pack_f16(const float *x, int64_t cols, void *packed);
+void avx2_pack_bf16(const float *x, int64_t cols, void *packed);
+void avx2_pack_q8_0(const float *x, int64_t cols, void *packed);
+void avx2_pack_q8_1(const float *x, int64_t cols, void *packed);
+void avx2_pack_q8_k(const float *x, int64_t cols, void *packed);
+void avx2_pack_tile_64(const float *x, int64_t cols, void *packed);
+void avx2_pack_tile_128(const float *x, int64_t cols, void *packed);
+void avx2_pack_tile_256(const float *x, int64_t cols, void *packed);
+
+#define DECLARE_DOT(isa, name) float isa##_dot_##name(const void *row, const void *packed, int64_t cols);
+#define DECLARE_PANEL(isa, name) void isa##_panel_##name(const void *tiles, const void *packed, int64_t cols, float out[16]);
+#define DECLARE_KERNELS(isa)                                                                                     \
+    DECLARE_DOT(isa, q4_0) DECLARE_DOT(isa, q4_1) DECLARE_DOT(isa, q5_0) DECLARE_DOT(isa, q5_1)                  \
+    DECLARE_DOT(isa, q8_0) DECLARE_DOT(isa, iq4_nl) DECLARE_DOT(isa, q2_k) DECLARE_DOT(isa, q3_k)                \
+    DECLARE_DOT(isa, q4_k) DECLARE_DOT(isa, q5_k) DECLARE_DOT(isa, q6_k)                                         \
+    DECLARE_PANEL(isa, u2_64) DECLARE_PANEL(isa, u2_128) DECLARE_PANEL(isa, u2_256) DECLARE_PANEL(isa, u4_64)    \
+    DECLARE_PANEL(isa, u4_128) DECLARE_PANEL(isa, u4_256) DECLARE_PANEL(isa, u8_64) DECLARE_PANEL(isa, u8_128)   \
+    DECLARE_PANEL(isa, u8_256)
+DECLARE_KERNELS(avx2)
+DECLARE_KERNELS(avx512)
+
+/* The format columns of a table, for one instruction set. */
+#define BLOCK_DOTS(isa)                                                                                         \
+    [FMT_Q4_0] = isa##_dot_q4_0, [FMT_Q4_1] = isa##_dot_q4_1, [FMT_Q5_0] = isa##_dot_q5_0,                      \
+    [FMT_Q5_1] = isa##_dot_q5_1, [FMT_Q8_0] = isa##_dot_q8_0, [FMT_IQ4_NL] = isa##_dot_iq4_nl,                  \
+    [FMT_Q2_K] = isa##_dot_q2_k, [FMT_Q3_K] = isa##_dot_q3_k, [FMT_Q4_K] = isa##_dot_q4_k,                      \
+    [FMT_Q5_K] = isa##_dot_q5_k, [FMT_Q6_K] = isa##_dot_q6_k
+#define TILE_PANELS(isa)                                                                                        \
+    [FMT_U2_64] = isa##_panel_u2_64, [FMT_U2_128] = isa##_panel_u2_128, [FMT_U2_256] = isa##_panel_u2_256,      \
+    [FMT_U4_64] = isa##_panel_u4_64, [FMT_U4_128] = isa##_panel_u4_128, [FMT_U4_256] = isa##_panel_u4_256,      \
+    [FMT_U8_64] = isa##_panel_u8_64, [FMT_U8_128] = isa##_panel_u8_128, [FMT_U8_256] = isa##_panel_u8_256
+
+static inline float half_at(const uint8_t bytes[2]) {
+    uint16_t half;
+    memcpy(&half, bytes, 2);
+    return _cvtsh_ss(half);
+}
+
+static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
+static inline __m128i load_128(const void *p) { return _mm_loadu_si128(p); }
+
+static inline __m256i broadcast_dword(const void *p) {
+    int32_t dword;
+    memcpy(&dword, p, 4);
+    return _mm256_set1_epi32(dword);
+}
+
+static inline float sum_of_floats(__m256 x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+static inline int32_t sum_of_ints(__m256i x) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+/* The 32 codes of a 32-block as bytes, offsets not yet subtracted. */
+static inline __m256i nibbles_32(const uint8_t codes[16]) {
+    __m128i bytes = load_128(codes);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+}
+
+/* 0x10 in byte j where bit j of `high` is set: byte j / 8 into every byte, then the bit j % 8 alone. */
+static inline __m256i fifth_bits_32(const uint8_t high[4]) {
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    __m256i bytes = _mm256_shuffle_epi8(broadcast_dword(high), spread);
+    bytes = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    return _mm256_and_si256(bytes, _mm256_set1_epi8(16));
+}
+
+static inline __m256i fives_32(const uint8_t codes[16], const uint8_t high[4]) {
+    return _mm256_or_si256(nibbles_32(codes), fifth_bits_32(high));
+}
+
+/* The sixteen 6-bit scales of Q3_K, still with their offset of 32 (unpack.h draws them). */
+static inline __m128i scales_q3_k(const uint8_t bytes[12]) {
+    uint32_t w[3];
+    memcpy(w, bytes, 12);
+    const uint32_t low = 0x0f0f0f0f, high = 0x30303030;
+    return _mm_setr_epi32((int)((w[0] & low) | (w[2] << 4 & high)), (int)((w[1] & low) | (w[2] << 2 & high)),
+                          (int)((w[0] >> 4 & low) | (w[2] & high)), (int)((w[1] >> 4 & low) | (w[2] >> 2 & high)));
+}
+
+/* The 8 scales (low qword) and 8 mins (high qword) of Q4_K and Q5_K (unpack.h draws them). */
+static inline __m128i scales_q4_k(const uint8_t bytes[12]) {
+    uint32_t w[3];
+    memcpy(w, bytes, 12);
+    const uint32_t six = 0x3f3f3f3f, low = 0x0f0f0f0f, high = 0x30303030;
+    return _mm_setr_epi32((int)(w[0] & six), (int)((w[2] & low) | (w[0] >> 2 & high)), (int)(w[1] & six),
+                          (int)((w[2] >> 4 & low) | (w[1] >> 2 & high)));
+}
+
+/* sum over the 16 sub-blocks of factor x (sum of 16 quants), as eight partial sums. */
+static inline __m256i dot_sums(const int16_t sums[16], __m256i factors) { return _mm256_madd_epi16(load_256(sums), factors); }
+
+#endif
