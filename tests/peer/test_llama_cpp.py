@@ -1,0 +1,85 @@
+"""Files of target llama.cpp in unmodified llama.cpp: they load, and say the same as in rondel's own runtime."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from llama import Llama, find_library
+
+from rondel.converters.checkpoint import open_checkpoint
+from rondel.converters.export import ExportConfig, export
+from rondel.converters.stats import Stats
+from rondel.native import File, Model, Session
+from rondel.quant.calibrate import CalibrateConfig, calibrate
+from rondel.quant.quantize import QuantizeConfig, quantize
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.skipif(find_library() is None, reason="unmodified llama.cpp is not installed (make install-peer)"),
+]
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = ROOT / "tests" / "models" / "stories-4m"
+CALIBRATION = ROOT / "configs" / "demo.txt"
+CONTEXT = 256
+PERPLEXITY_TOLERANCE = 0.005  # relative: activations are rounded alike, sums are added in another order
+GREEDY_TOKENS = 64
+
+
+@pytest.fixture(scope="session")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    out = tmp_path_factory.mktemp("stats") / "calib"
+    config = CalibrateConfig(tokens=4096, context=CONTEXT)
+    return calibrate(open_checkpoint(DEMO), out, config, text=[CALIBRATION])
+
+
+@pytest.fixture(scope="session", params=["F16", "Q8_0", "Q4_K", "Q2_K"])
+def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, statistics: Stats) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    source = open_checkpoint(DEMO)
+    if request.param == "F16":
+        (path,) = export(source, folder / "model.gguf", ExportConfig(type="F16"))
+    else:
+        packed = quantize(source, folder / "quantized", QuantizeConfig(type=request.param), statistics)
+        (path,) = export(packed, folder / "model.gguf", ExportConfig())
+    return path
+
+
+def rondel_greedy(model: Model, prompt: list[int], count: int) -> list[int]:
+    session = Session(model, context=len(prompt) + count, threads=2)
+    answer = [int(session.eval(prompt)[-1].argmax())]
+    while len(answer) < count:
+        answer.append(int(session.eval(answer[-1:])[-1].argmax()))
+    return answer
+
+
+def rondel_nll(model: Model, tokens: list[int]) -> float:
+    from rondel.quant.perplexity import perplexity
+
+    with File(model.path) as file:
+        keys = dict(file.keys)
+    session = Session(model, context=CONTEXT, threads=2)
+    bos = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
+    return perplexity(lambda window: session.eval(window, position=0, all=True), tokens, CONTEXT, bos=bos).nll
+
+
+def test_greedy_text_is_the_same(gguf: Path) -> None:
+    model = Model(gguf)
+    with Llama(gguf, context=CONTEXT) as peer:
+        for text in ("Once upon a time", "The little dog", "Tom and Lily went to the park. They"):
+            prompt = peer.tokenize(text)
+            assert rondel_greedy(model, prompt, GREEDY_TOKENS) == peer.greedy(prompt, GREEDY_TOKENS)
+
+
+def test_perplexity_is_the_same(gguf: Path) -> None:
+    text = CALIBRATION.read_text(encoding="utf-8")
+    with Llama(gguf, context=CONTEXT) as peer:
+        tokens = peer.tokenize(text)[: 12 * CONTEXT]
+        theirs, count = peer.nll(tokens, CONTEXT)
+    assert count > 1000
+    assert np.exp(abs(rondel_nll(Model(gguf), tokens) - theirs)) - 1 < PERPLEXITY_TOLERANCE
