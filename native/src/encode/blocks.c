@@ -3,6 +3,7 @@
 #include "kernels/kernels.h"
 #include "search.h"
 
+#include <math.h>
 #include <string.h>
 
 #define SIZE 32
@@ -31,6 +32,10 @@ static void to_stored(vec *value) {
     for (int l = 0; l < LANES; l++) (*value)[l] = half_to_float(scale_to_half((*value)[l]));
 }
 
+static void to_stored_offset(vec *value) {
+    for (int l = 0; l < LANES; l++) (*value)[l] = half_to_float(float_to_half(fminf(fmaxf((*value)[l], -HALF_MAX), HALF_MAX)));
+}
+
 /* Choose: the stored scale of every lane. */
 INLINE vec choose_scale(const vec *x, const vec *w, const struct levels levels) {
     vec best = search_scale(x, w, SIZE, levels), xq, qq;
@@ -44,7 +49,8 @@ INLINE vec choose_scale(const vec *x, const vec *w, const struct levels levels) 
         best = pick(other < error, refit, best);
         error = lesser(other, error);
     }
-    return best;
+    /* IQ4_NL has no level at zero: weights below the smallest half are nearer to a scale of none */
+    return pick(scale_error(x, w, SIZE, levels, splat(0)) < error, splat(0), best);
 }
 
 /* Choose: the stored scale and offset of every lane. */
@@ -53,7 +59,7 @@ INLINE void choose_affine(const vec *x, const vec *w, float top, const struct ra
     vec refit_t, refit_u;
     search_affine(x, w, SIZE, top, ranges, 0, &m, t, u);
     to_stored(t);
-    to_stored(u);
+    to_stored_offset(u);
     vec error = affine_error(x, w, SIZE, top, *t, *u);
     for (int round = 0; round < ROUNDS; round++) {
         code_moments(x, w, SIZE, top, *t, *u, &m);
@@ -61,7 +67,7 @@ INLINE void choose_affine(const vec *x, const vec *w, float top, const struct ra
         to_stored(&refit_t);
         /* the offset that fits the scale as it is stored */
         refit_u = ratio(m.x - refit_t * m.q, m.w);
-        to_stored(&refit_u);
+        to_stored_offset(&refit_u);
         vec other = affine_error(x, w, SIZE, top, refit_t, refit_u);
         *t = pick(other < error, refit_t, *t);
         *u = pick(other < error, refit_u, *u);

@@ -33,7 +33,8 @@ INLINE vec choose_scale(const vec *x, const vec *w, int columns, const struct le
         best = pick(other < error, refit, best);
         error = lesser(other, error);
     }
-    return best;
+    /* U2 has no level at zero: weights below the smallest half are nearer to a scale of none */
+    return pick(scale_error(x, w, columns, levels, splat(0)) < error, splat(0), best);
 }
 
 /* Codes as the tile stores them: q of s (q - 1.5), s (q - 8), or s q with q signed. */
