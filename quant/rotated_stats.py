@@ -119,9 +119,13 @@ class MovedStats:
         for shard, places in shards.items():
             if not output.done(shard):
                 output.write(shard, {name: tensor for place in places for name, tensor in self.site(*place).items()})
-        # Channels of the old basis mean nothing in the new one; norms of tokens are the same in both.
-        dropped = {"tensors", "manifest_version", "massive_activations"}
-        manifest = {key: value for key, value in self.stats.manifest.items() if key not in dropped}
+        manifest = {
+            key: value for key, value in self.stats.manifest.items() if key not in ("tensors", "manifest_version")
+        }
+        if any(rotation.site == "residual" for rotation in self.rotations):
+            # Tokens keep their norms; which channels are massive belongs to the old basis.
+            norms = {layer: {"token_norm": seen["token_norm"]} for layer, seen in manifest.get("residual", {}).items()}
+            manifest["residual"] = norms
         manifest["rotations"] = [rotation.to_json() for rotation in self.rotations]
         manifest["stages"] = [*self.stats.manifest.get("stages", []), record]
         output.finish(list(shards), manifest)

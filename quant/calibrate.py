@@ -1,0 +1,316 @@
+"""Owns the calibrate stage: what every linear layer sees on text, measured with one decoder layer in memory at a time.
+
+The hidden states of all windows are kept between layers, in memory or in a file beside the output. Every window runs on
+one thread and windows are added in their order, so the bytes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.errors import RondelError
+from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
+from rondel.converters.folder import read_manifest, read_tensor
+from rondel.converters.huggingface import huggingface_block, huggingface_config
+from rondel.converters.imatrix import write_imatrix
+from rondel.converters.output import StageOutput
+from rondel.converters.progress import Progress, silent
+from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
+from rondel.quant.activations import Massive, SiteHooks, SiteSums, StreamSummary, stream_of
+from rondel.quant.calibration_text import CalibrationText, tokenize
+from rondel.quant.stage import stage_record
+from rondel.quant.workers import Workers
+
+IMATRIX = "imatrix.gguf"  # in the output folder: the same statistics for llama-quantize
+STATES_IN_MEMORY = 2 << 30  # bytes of hidden states kept in memory; more go to a file
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """How much text to run. Windows are chosen by the seed where the text has more than `tokens`."""
+
+    tokens: int = 131072
+    context: int = 512  # tokens of a window
+    seed: int = 0
+    diagonal: bool = False  # means of squares only: rotate and error feedback need the full second moments
+    chat: bool = False  # wrap every document in the model's chat template
+
+
+class _Layers:
+    """transformers' decoder layers of a checkpoint, made one at a time, and what they share."""
+
+    def __init__(self, source: Checkpoint, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.source = source
+        self.device = device
+        config = huggingface_config(source)
+        config.num_hidden_layers = 1
+        with torch.device("meta"):
+            # "sdpa" without a mask is causal; "eager" would attend to the future.
+            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model.eval()
+        self._rope = type(self._skeleton.rotary_emb)(config=config).to(device)
+
+    def load(self, layer: int) -> torch.nn.Module:
+        """The decoder layer with its weights, F32; it replaces the one before."""
+        module = self._skeleton.layers[0]
+        weights = {name: tensor.to(self.device) for name, tensor in huggingface_block(self.source, layer).items()}
+        module.load_state_dict(weights, strict=True, assign=True)
+        return module
+
+    def positions(self, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of RoPE for positions 0..context-1."""
+        x = torch.empty(1, context, 1, device=self.device)
+        return self._rope(x, position_ids=torch.arange(context, device=self.device)[None])
+
+    def norm(self) -> torch.nn.Module:
+        """The norm behind the last layer."""
+        module = self._skeleton.norm
+        module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
+        return module
+
+
+class HiddenStates:
+    """The residual stream of all windows (windows, context, width) F32 before some layer.
+
+    On disk there are two files: layer i reads one and writes the other, so an interrupted layer can start again.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], folder: Path, budget: int) -> None:
+        self.shape = shape
+        self.folder = folder
+        self.on_disk = int(np.prod(shape)) * FLOAT32_BYTES > budget
+        self._memory = None if self.on_disk else torch.empty(shape)
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"hidden-states-{layer % 2}"
+
+    def before(self, layer: int) -> torch.Tensor:
+        """The states that `layer` reads. In memory there is one tensor, which every window overwrites in its place."""
+        if self._memory is not None:
+            return self._memory
+        path, size = self._path(layer), int(np.prod(self.shape))
+        if not path.is_file() or path.stat().st_size != size * FLOAT32_BYTES:
+            with path.open("wb") as file:
+                file.truncate(size * FLOAT32_BYTES)
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).reshape(self.shape)
+
+    def sync(self, layer: int) -> None:
+        """Make the states before `layer` safe on disk."""
+        if self.on_disk:
+            descriptor = os.open(self._path(layer), os.O_RDWR)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for layer in (0, 1):
+            self._path(layer).unlink(missing_ok=True)
+
+
+class _Run:
+    """One calibration: the windows pass layer after layer."""
+
+    def __init__(self, source: Checkpoint, text: CalibrationText, config: CalibrateConfig, device: str) -> None:
+        self.source = source
+        self.text = text
+        self.config = config
+        self.device = device
+        self.layers = _Layers(source, device)
+        self.rope = self.layers.positions(config.context)
+        self.windows = range(len(text.windows))
+
+    def embed(self, states: torch.Tensor) -> None:
+        """Fill the states before the first layer."""
+        embedding = self.source.read(EMBEDDING)
+        for window in self.windows:
+            states[window] = embedding[self.text.windows[window]].to(torch.float32)
+
+    def layer(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, workers: Workers, *, measure: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Run one layer over all windows: its statistics tensors, and the summary of the stream behind it.
+
+        Without `measure` (an earlier run did it) the states pass on and nothing is summed up.
+        """
+        module = self.layers.load(layer)
+        online = [found for found in self.source.rotations if found.online]
+        totals: dict[str, SiteSums] = {}
+        stream = StreamSummary()
+        with SiteHooks(module, self.source.family, online) as hooks:
+
+            def forward(window: int) -> tuple[dict[str, SiteSums], tuple[torch.Tensor, list[Massive]]]:
+                # Gradients are switched off for each thread by itself.
+                with torch.no_grad():
+                    hooks.start()
+                    x = module(before[window][None].to(self.device), position_embeddings=self.rope)[0]
+                    after[window] = x.cpu()
+                    seen = hooks.take() if measure else {}
+                    return {site: SiteSums.of(seen[site], self.config.diagonal) for site in seen}, stream_of(x)
+
+            for window, (sums, seen) in enumerate(workers.map(forward, self.windows)):
+                _add_sums(totals, sums)
+                stream.add(window, *seen)
+        tensors = {name: tensor for site in totals for name, tensor in totals[site].tensors(layer, site).items()}
+        return tensors, stream.to_json()
+
+    def output(self, states: torch.Tensor, workers: Workers) -> dict[str, torch.Tensor]:
+        """The statistics of what the head reads."""
+        norm = self.layers.norm()
+        totals: dict[str, SiteSums] = {}
+
+        def forward(window: int) -> dict[str, SiteSums]:
+            with torch.no_grad():
+                return {OUTPUT_IN: SiteSums.of(norm(states[window].to(self.device)), self.config.diagonal)}
+
+        for sums in workers.map(forward, self.windows):
+            _add_sums(totals, sums)
+        return totals[OUTPUT_IN].tensors(None, OUTPUT_IN)
+
+
+def _add_sums(totals: dict[str, SiteSums], sums: dict[str, SiteSums]) -> None:
+    for site, found in sums.items():
+        if site in totals:
+            totals[site].add(found)
+        else:
+            totals[site] = found
+
+
+def _states(source: Checkpoint, text: CalibrationText, folder: Path) -> HiddenStates:
+    shape = (*text.windows.shape, source.numbers.width)
+    return HiddenStates(shape, folder, STATES_IN_MEMORY)
+
+
+def _validate(source: Checkpoint, device: str) -> None:
+    if source.quantized:
+        raise RondelError(f"{source.root}: is quantized; calibrate the model it was made from")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RondelError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
+
+
+def _tokenize(source: Checkpoint, config: CalibrateConfig, text: Sequence[Path] | CalibrationText) -> CalibrationText:
+    if isinstance(text, CalibrationText):
+        return text
+    return tokenize(source, text, tokens=config.tokens, context=config.context, seed=config.seed, chat=config.chat)
+
+
+def plan(source: Checkpoint, config: CalibrateConfig, text: Sequence[Path] | CalibrationText) -> dict[str, Any]:
+    """What calibrate would do: windows and tokens, the bytes of the statistics, and where the hidden states lie."""
+    _validate(source, "cpu")
+    windows = _tokenize(source, config, text)
+    numbers = source.numbers
+    sizes = [numbers.size(source.family.readers(site)[0].cols) for site in source.family.sites] * numbers.layers
+    # A diagonal, the largest values and a count; the full second moment on top.
+    elements = sum(2 * size + 1 + (0 if config.diagonal else size * size) for size in [*sizes, numbers.width])
+    states = windows.tokens * numbers.width * FLOAT32_BYTES
+    return {
+        "stage": "calibrate",
+        "windows": len(windows.windows),
+        "context": windows.windows.shape[1],
+        "tokens": windows.tokens,
+        "text_sha256": windows.sha256(),
+        "tensor_bytes": elements * FLOAT32_BYTES,
+        "hidden_state_bytes": states,
+        "hidden_states": "memory" if states <= STATES_IN_MEMORY else "disk",
+    }
+
+
+def calibrate(
+    source: Checkpoint,
+    out: Path,
+    config: CalibrateConfig,
+    text: Sequence[Path] | CalibrationText,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = silent,
+) -> Stats:
+    """Run a float model over text files (or windows of token ids) and write the statistics of every site to `out`.
+
+    Beside them lies `out`/imatrix.gguf, llama.cpp's form of the diagonals. Raises RondelError for quantized models, for
+    text that does not fill a window, and for activations that are not finite.
+    """
+    _validate(source, device)
+    windows = _tokenize(source, config, text)
+    record = stage_record("calibrate", config, source=source, text=windows.sha256())
+    output = StageOutput(out, record, force=force)
+    if output.finished:
+        return Stats(out, read_manifest(out))
+    run = _Run(source, windows, config, device)
+    states = _states(source, windows, output.partial)
+    with Workers(threads if device == "cpu" else 1) as workers:
+        shards = _measure(run, states, output, workers, progress)
+    states.remove()
+    _write_imatrix(source, windows, output, shards)
+    carried = source.carried()
+    kept = ("family", "hyperparameters", "source", "rotations")
+    summaries = {f"blk.{layer}": output.result(shards[layer]) for layer in range(source.numbers.layers)}
+    manifest = {
+        "kind": "stats",
+        **{key: carried[key] for key in kept if key in carried},
+        "calibration": {"sha256": windows.sha256(), "tokens": windows.tokens},
+        "residual": summaries,
+        "stages": [*source.stages, record],
+    }
+    output.finish(shards, manifest)
+    return Stats(out, read_manifest(out))
+
+
+def _measure(run: _Run, states: HiddenStates, output: StageOutput, workers: Workers, progress: Progress) -> list[str]:
+    """Pass the windows through all layers and journal each one; returns the shards. Goes on where a run was stopped."""
+    layers = run.source.numbers.layers
+    shards = [*(f"blk-{layer:05d}" for layer in range(layers)), "output"]
+    finished = sum(output.done(shard) for shard in shards)
+    # The file before the first unfinished layer was made safe before the journal told of the layer behind it.
+    first = finished if states.on_disk else 0
+    progress(first, len(shards), shards[min(first, layers)])
+    if first == 0:
+        run.embed(states.before(0))
+    for layer in range(first, layers):
+        progress(layer, len(shards), shards[layer])
+        known = output.done(shards[layer])
+        before, after = states.before(layer), states.before(layer + 1)
+        tensors, summary = run.layer(layer, before, after, workers, measure=not known)
+        states.sync(layer + 1)
+        if not known:
+            output.write(shards[layer], tensors, summary)
+    progress(layers, len(shards), "output")
+    if not output.done("output"):
+        output.write("output", run.output(states.before(layers), workers))
+    progress(len(shards), len(shards), "done")
+    return shards
+
+
+def _write_imatrix(source: Checkpoint, text: CalibrationText, output: StageOutput, shards: list[str]) -> None:
+    sums: dict[str, tuple[np.ndarray, float]] = {}
+
+    def add(name: str, layer: int | None, site: str) -> None:
+        shard = shards[-1 if layer is None else layer]
+        mean = read_tensor(output.partial / f"{shard}.safetensors", site_tensor(layer, site, "diagonal")).to(
+            torch.float64
+        )
+        sums[name] = (mean.numpy() * text.tokens, float(text.tokens))
+
+    for layer in range(source.numbers.layers):
+        for linear in source.family.linears:
+            add(block_tensor(layer, linear.role), layer, linear.reads)
+    add(source.head(), None, OUTPUT_IN)
+    write_imatrix(
+        output.partial / IMATRIX,
+        sums,
+        datasets=text.names,
+        chunk_size=text.windows.shape[1],
+        chunk_count=len(text.windows),
+    )
