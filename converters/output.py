@@ -235,6 +235,12 @@ class StageOutput:
         unlock(self.partial)
 
     def _drop_replaced(self) -> None:
+        """Remove OUT's former content, its manifest last: that is how a later run knows it if this one is killed."""
         replaced = self.out.with_name(self.out.name + REPLACED)
-        if (replaced / MANIFEST).is_file():
-            shutil.rmtree(replaced)
+        if not replaced.is_dir() or not ((replaced / MANIFEST).is_file() or not any(replaced.iterdir())):
+            return
+        for path in replaced.iterdir():
+            if path.name != MANIFEST:
+                _remove(path)
+        _remove(replaced / MANIFEST)
+        replaced.rmdir()
