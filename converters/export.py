@@ -32,6 +32,7 @@ from rondel.converters.metadata import (
 from rondel.converters.outgoing import FLOAT_TYPES, Outgoing, entry, outgoing_tensors, tensor_bytes
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication_keys import is_strict, replication_keys
+from rondel.converters.rotation import Rotation
 from rondel.converters.vocabulary import vocabulary_keys
 
 TARGETS = ("llama.cpp", "rondel")
@@ -101,10 +102,10 @@ def _encoding(source: Checkpoint, config: ExportConfig, tensors: list[Outgoing])
     return max(sizes, key=lambda format: (sizes[format], format))
 
 
-def _features(source: Checkpoint, tensors: list[Outgoing], replication: dict[str, Value]) -> list[str]:
+def _features(rotations: list[Rotation], tensors: list[Outgoing], replication: dict[str, Value]) -> list[str]:
     """What a reader must know beyond plain GGUF; empty where unmodified llama.cpp may run the file."""
     found = {tensor.feature for tensor in tensors if tensor.feature is not None}
-    if any(rotation.online for rotation in source.rotations):
+    if any(rotation.online for rotation in rotations):
         found.add(HADAMARD)
     if is_strict(replication):
         found.add(REPLICATION)
@@ -130,13 +131,15 @@ def _content(source: Checkpoint, config: ExportConfig) -> _Content:
     _check(source, config)
     numbers = source.numbers
     tensors = outgoing_tensors(source, config.type)
+    rotations = source.rotations
     replication = replication_keys(source.manifest.get("replication") or {})
     if config.materialize:
         from rondel.converters.materialize import materialize
 
-        tensors, layers = materialize(source, tensors)
-        numbers, replication = replace(numbers, layers=layers), {}
-    features = _features(source, tensors, replication)
+        expanded = materialize(source, tensors)
+        tensors, rotations = expanded.tensors, expanded.rotations(rotations)
+        numbers, replication = replace(numbers, layers=len(expanded.path)), {}
+    features = _features(rotations, tensors, replication)
     target = config.target or source.manifest.get("target") or ("rondel" if features else "llama.cpp")
     if features and target == "llama.cpp":
         raise RondelError(
@@ -153,7 +156,7 @@ def _content(source: Checkpoint, config: ExportConfig) -> _Content:
         keys[General.ALIGNMENT] = alignment
     keys |= vocabulary_keys(source.side_files(), numbers.vocabulary, family=family, pre=config.pre)
     keys |= _extension_keys(tensors, features, family)
-    keys |= rotation_keys(source.rotations) | replication | provenance_keys(source.carried())
+    keys |= rotation_keys(rotations) | replication | provenance_keys(source.carried())
     inputs = {"version": version("rondel"), "config": asdict(config), "source": source.fingerprint()}
     keys[Rondel.EXPORT_SHA256] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     entries = [entry(tensor) for tensor in tensors]
