@@ -1,4 +1,4 @@
-"""Replication: the executed plan against float64 and against materialised layers, and everything a plan may get wrong."""
+"""Replication: the executed plan against float64 and real layers, and everything a plan may get wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.native.reference import (
     Step,
     forward,
     number_steps,
-    plain_steps,
     random_weights,
     replication_keys,
     write_gguf,
@@ -94,8 +93,13 @@ PLANS = {
         [NONE] * 4,
     ),
     "three-in-parallel": (
-        [Step(0), Step(0, 1, group=0, kv=1, parameters=gains(2)), Step(0, 2, group=0, kv=2, parameters=gains(3))]
-        + [Step(1, group=1, kv=3), Step(2, group=2, kv=4)],
+        [
+            Step(0),
+            Step(0, 1, group=0, kv=1, parameters=gains(2)),
+            Step(0, 2, group=0, kv=2, parameters=gains(3)),
+            Step(1, group=1, kv=3),
+            Step(2, group=2, kv=4),
+        ],
         [MEAN, NONE, NONE],
     ),
 }
