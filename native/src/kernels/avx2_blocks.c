@@ -33,17 +33,19 @@ static inline __m256i codes_iq4_nl(const struct iq4_nl *q) {
             __m256i sum = signed_products(codes_##name(w + i), quants + 32 * i);               \
             __m256 scale = _mm256_set1_ps(half_at(w[i].scale) * scales[i]);                    \
             total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), total);                    \
-            mins += MIN;                                                                       \
+            MIN(i);                                                                            \
         }                                                                                      \
         (void)sums;                                                                            \
         return sum_of_floats(total) + mins;                                                    \
     }
-DOT_32(q4_0, 0)
-DOT_32(q4_1, half_at(w[i].min) * sums[i])
-DOT_32(q5_0, 0)
-DOT_32(q5_1, half_at(w[i].min) * sums[i])
-DOT_32(q8_0, 0)
-DOT_32(iq4_nl, 0)
+#define NO_MIN(i) (void)0
+#define ADD_MIN(i) mins += half_at(w[i].min) * sums[i]
+DOT_32(q4_0, NO_MIN)
+DOT_32(q4_1, ADD_MIN)
+DOT_32(q5_0, NO_MIN)
+DOT_32(q5_1, ADD_MIN)
+DOT_32(q8_0, NO_MIN)
+DOT_32(iq4_nl, NO_MIN)
 
 /* Lanes 0..7 hold scale 2 i, lanes 8..15 scale 2 i + 1 of sixteen signed bytes. */
 static inline __m256i scale_pair(__m128i scales, int i) {

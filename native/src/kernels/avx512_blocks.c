@@ -37,18 +37,18 @@ static inline __m256i codes_iq4_nl(const struct iq4_nl *q) {
             __m256 second = _mm256_set1_ps(half_at(w[j].scale) * scales[j]);                                     \
             __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);                         \
             total = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), total);                                      \
-            mins += MIN(i);                                                                                      \
-            if (j > i) mins += MIN(j);                                                                           \
+            MIN(i);                                                                                              \
+            if (j > i) MIN(j);                                                                                   \
         }                                                                                                        \
         (void)sums;                                                                                              \
         return _mm512_reduce_add_ps(total) + mins;                                                               \
     }
-#define NO_MIN(i) 0
-#define MIN(i) half_at(w[i].min) * sums[i]
+#define NO_MIN(i) (void)0
+#define ADD_MIN(i) mins += half_at(w[i].min) * sums[i]
 DOT_32(q4_0, 8, NO_MIN)
-DOT_32(q4_1, 0, MIN)
+DOT_32(q4_1, 0, ADD_MIN)
 DOT_32(q5_0, 16, NO_MIN)
-DOT_32(q5_1, 0, MIN)
+DOT_32(q5_1, 0, ADD_MIN)
 DOT_32(q8_0, 128, NO_MIN)
 DOT_32(iq4_nl, 128, NO_MIN)
 
