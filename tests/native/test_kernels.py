@@ -5,11 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from rondel.native import formats
-from tests.packed import EVERY, FLOATS, TILES, block_of, random_packed
+from tests.packed import EVERY, FLOATS, GGML, TILES, block_of, random_packed
+from tests.peer.ggml import ggml_product
+from tests.peer.llama import find_library
 
 ROWS = 19  # a whole panel and a part
 FAST = [isa for isa in formats.usable_isas() if isa != "scalar"]
@@ -122,6 +125,19 @@ def test_bad_activations_do_not_get_lost(name, bad):
             assert not np.isfinite(product(isa, name, packed, cols, inputs)).any(), isa
     finally:
         formats.use_isa(before)
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(find_library() is None, reason="no unmodified llama.cpp (extra `peer`)")
+@pytest.mark.parametrize("name", GGML)
+def test_products_are_llama_cpps(name):
+    """Same integers, same scales: only the order of float additions may differ."""
+    cols, rng = 1024, np.random.default_rng(11)
+    packed = random_packed(name, ROWS, cols, rng)
+    inputs = rng.standard_normal((2, cols)).astype(np.float32)
+    expected = ggml_product(int(gguf.GGMLQuantizationType[name]), packed, ROWS, inputs)
+    got = formats.matmul(name, packed, ROWS, cols, inputs)
+    assert (np.abs(got - expected) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
 
 
 # ---- the functions behind the table that no exported function shows alone ----

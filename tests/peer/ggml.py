@@ -1,4 +1,4 @@
-"""ggml's own encoders through their C interface, from the library that the llama.cpp peer brings along."""
+"""ggml's own encoders and dot products through their C interface, from the library that the peer brings along."""
 
 from __future__ import annotations
 
@@ -37,3 +37,52 @@ def ggml_encode(ggml_type: int, weights: np.ndarray, importance: np.ndarray | No
     )
     assert written == size
     return packed
+
+
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits_cpu`: how activations are prepared, the dot product, and its kind of activations."""
+
+    _fields_ = (
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        (
+            "vec_dot",
+            ctypes.CFUNCTYPE(
+                None,
+                ctypes.c_int,
+                *[ctypes.c_void_p, ctypes.c_size_t] * 3,
+                ctypes.c_int,
+            ),
+        ),
+        ("vec_dot_type", ctypes.c_int),
+    )
+
+
+@cache
+def _processor() -> ctypes.CDLL:
+    found = find_library()
+    assert found is not None, "ask find_library() first"
+    _library()
+    beside = sorted(found.parent.glob("libggml-cpu.*"))
+    library = ctypes.CDLL(str(beside[0] if beside else found))
+    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
+    library.ggml_cpu_init()
+    return library
+
+
+def ggml_product(ggml_type: int, packed: np.ndarray, rows: int, inputs: np.ndarray) -> np.ndarray:
+    """(n, rows): inputs (n, cols) times the packed (rows, cols) matrix transposed, as llama.cpp computes it."""
+    traits = _processor().ggml_get_type_traits_cpu(ggml_type).contents
+    prepare = _processor().ggml_get_type_traits_cpu(traits.vec_dot_type).contents.from_float
+    inputs = np.ascontiguousarray(inputs, np.float32)
+    n, cols = inputs.shape
+    outputs, row_bytes = np.empty((n, rows), np.float32), packed.size // rows
+    for i in range(n):
+        activations = np.zeros(4 * cols + 64, np.uint8)  # no kind takes more than the floats themselves
+        if traits.vec_dot_type:
+            prepare(inputs[i].ctypes.data, activations.ctypes.data, cols)
+        else:
+            activations[: 4 * cols] = inputs[i].view(np.uint8)
+        for r in range(rows):
+            row, out = packed.ctypes.data + r * row_bytes, outputs[i, r:].ctypes.data
+            traits.vec_dot(cols, out, 0, row, 0, activations.ctypes.data, 0, 1)
+    return outputs
