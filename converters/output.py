@@ -67,10 +67,12 @@ class StageOutput:
 
     `stage` is the record that the manifest keeps: {"name", "version", "config", "inputs"}; it decides whether an
     earlier output or an unfinished one is of the same run. `finished` tells that there is nothing left to do.
+    `beside` names what the stage itself puts into the folder and takes care of: an interrupted run finds it again.
     """
 
-    def __init__(self, out: Path, stage: dict[str, Any], *, force: bool = False) -> None:
+    def __init__(self, out: Path, stage: dict[str, Any], *, force: bool = False, beside: Sequence[str] = ()) -> None:
         self.out = out
+        self.beside = tuple(beside)
         self.stage = json.loads(json.dumps(stage))
         self.partial = out.with_name(out.name + ".partial")
         self._shards: dict[str, dict[str, Any]] = {}
@@ -130,7 +132,8 @@ class StageOutput:
             )
         elif stage is None and not force and not self._is_fresh():
             raise RondelError(f"{self.partial}: is in the way and no rondel stage made it; remove it or use --force")
-        self._keep_only({JOURNAL, *(f"{shard}.safetensors" for shard in self._shards)})
+        beside = self.beside if stage == self.stage else ()
+        self._keep_only({JOURNAL, *beside, *(f"{shard}.safetensors" for shard in self._shards)})
         start_journal(self.partial, self.stage, self._shards.values())
         return False
 
@@ -205,7 +208,7 @@ class StageOutput:
 
     def finish(self, shards: list[str], manifest: Mapping[str, Any], files: Mapping[str, Path] | None = None) -> None:
         """Write the manifest for `shards` in this order, copy side files by name, and put the folder in its place."""
-        self._keep_only({JOURNAL, *(f"{shard}.safetensors" for shard in shards)})
+        self._keep_only({JOURNAL, *self.beside, *(f"{shard}.safetensors" for shard in shards)})
         for name, source in (files or {}).items():
             with writing(self.partial / name):
                 shutil.copyfile(source, self.partial / name)

@@ -1,6 +1,7 @@
 """Owns what is measured of activations: second moments and largest values a site, norms and outliers of the stream.
 
-Sums over one window are float32; windows are added in float64 in their order, so threads do not change the result.
+Sums over one window are float32; windows are added in float64 in their order and every strip of a sum by one worker, so
+threads do not change the result.
 """
 
 from __future__ import annotations
@@ -16,39 +17,46 @@ from rondel.converters.family import Family
 from rondel.converters.rotation import Rotation
 from rondel.converters.stats import site_tensor
 from rondel.quant.hadamard import rotate_channels
+from rondel.quant.workers import Workers
 
 # An activation is massive when it is this many times the mean magnitude of its window (Sun et al., arXiv 2402.17762,
 # count those 1000 times the median; around 100 times the mean the two agree and no sorting is needed).
 MASSIVE = 100.0
+TILE = 256  # rows of a second moment that one worker adds up at a time
 MASSIVE_KEPT = 32  # the largest ones of a layer go to the manifest
 
 Massive = tuple[float, int, int]  # value, position, channel
 
 
-@dataclass
 class SiteSums:
-    """Sums over tokens at one site; `moment` is (d, d), or (d,) where only squares are kept."""
+    """Float64 sums over tokens at one site of `size` channels: of x x^T, or of x^2 where only diagonals are kept.
 
-    moment: torch.Tensor
-    absmax: torch.Tensor
-    count: int
+    The matrix is added up in strips of TILE rows, each from its diagonal on: the lower half is the mirror image.
+    """
 
-    @staticmethod
-    def of(x: torch.Tensor, diagonal: bool) -> SiteSums:
-        """The sums of one window's activations (tokens, d) float32."""
-        moment = x.square().sum(0) if diagonal else x.T @ x
-        return SiteSums(moment, x.abs().amax(0), len(x))
+    def __init__(self, size: int, *, diagonal: bool, device: str | torch.device) -> None:
+        self.size = size
+        self.moment = torch.zeros(size if diagonal else (size, size), dtype=torch.float64, device=device)
+        self.absmax = torch.zeros(size, device=device)
+        self.count = 0
 
-    def add(self, other: SiteSums) -> None:
-        """Take another window's sums in."""
-        self.moment = self.moment.to(torch.float64)
-        self.moment += other.moment
-        self.absmax = torch.maximum(self.absmax, other.absmax)
-        self.count += other.count
+    def add_strip(self, first: int, windows: list[torch.Tensor]) -> None:
+        """Add the rows [first, first + TILE) of every window's sums, activations (tokens, size) each, in order."""
+        strip = slice(first, first + TILE)
+        for x in windows:
+            part = x[:, strip]
+            if self.moment.dim() == 1:
+                self.moment[strip] += part.square().sum(0)
+            else:
+                self.moment[strip, first:] += part.T @ x[:, first:]
+            self.absmax[strip] = torch.maximum(self.absmax[strip], part.abs().amax(0))
 
     def tensors(self, layer: int | None, site: str) -> dict[str, torch.Tensor]:
         """What the statistics folder holds of this site, F32."""
-        mean = (self.moment.to(torch.float64) / self.count).to(torch.float32).cpu()
+        mean = self.moment / self.count
+        if mean.dim() == 2:
+            mean = mean.triu() + mean.triu(1).T
+        mean = mean.to(torch.float32).cpu()
         diagonal = mean if mean.dim() == 1 else mean.diagonal().clone()
         if not bool(torch.isfinite(mean).all()):
             where = site if layer is None else f"{site} of layer {layer}"
@@ -59,6 +67,30 @@ class SiteSums:
             site_tensor(layer, site, "count"): torch.tensor([float(self.count)]),
         }
         return found if mean.dim() == 1 else {site_tensor(layer, site, "second_moment"): mean, **found}
+
+
+class LayerSums:
+    """The sums of all sites that a layer's forward passes showed; `add` takes groups of windows in their order."""
+
+    def __init__(self, *, diagonal: bool) -> None:
+        self.diagonal = diagonal
+        self.sites: dict[str, SiteSums] = {}
+
+    def add(self, windows: list[dict[str, torch.Tensor]], workers: Workers) -> None:
+        """Add the activations of some windows, each site to (tokens, d) float32; strips are spread over the workers."""
+        for site, x in windows[0].items():
+            if site not in self.sites:
+                self.sites[site] = SiteSums(x.shape[1], diagonal=self.diagonal, device=x.device)
+        strips = [(site, first) for site in windows[0] for first in range(0, self.sites[site].size, TILE)]
+        workers.run(
+            lambda strip: self.sites[strip[0]].add_strip(strip[1], [seen[strip[0]] for seen in windows]), strips
+        )
+        for site in windows[0]:
+            self.sites[site].count += sum(len(seen[site]) for seen in windows)
+
+    def tensors(self, layer: int | None) -> dict[str, torch.Tensor]:
+        """The statistics folder's tensors of all sites."""
+        return {name: value for site, sums in self.sites.items() for name, value in sums.tensors(layer, site).items()}
 
 
 @dataclass

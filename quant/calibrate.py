@@ -6,7 +6,7 @@ one thread and windows are added in their order, so the bytes do not depend on t
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,20 @@ from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
 from rondel.converters.folder import read_manifest, read_tensor
 from rondel.converters.huggingface import huggingface_block, huggingface_config
 from rondel.converters.imatrix import write_imatrix
+from rondel.converters.journal import sync
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
-from rondel.quant.activations import Massive, SiteHooks, SiteSums, StreamSummary, stream_of
+from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import Workers
 
 IMATRIX = "imatrix.gguf"  # in the output folder: the same statistics for llama-quantize
+HIDDEN_STATES = "hidden-states"  # the folder for them, while calibrate runs
 STATES_IN_MEMORY = 2 << 30  # bytes of hidden states kept in memory; more go to a file
 FLOAT32_BYTES = 4
+GROUP = 8  # windows between two additions to the sums, or more where there are more threads
 
 
 @dataclass(frozen=True)
@@ -82,39 +85,48 @@ class _Layers:
 class HiddenStates:
     """The residual stream of all windows (windows, context, width) F32 before some layer.
 
-    On disk there are two files: layer i reads one and writes the other, so an interrupted layer can start again.
+    On disk there is one file a layer, so that an interrupted layer can start again, and two at most at any time.
     """
 
     def __init__(self, shape: tuple[int, int, int], folder: Path, budget: int) -> None:
         self.shape = shape
         self.folder = folder
-        self.on_disk = int(np.prod(shape)) * FLOAT32_BYTES > budget
+        self.elements = shape[0] * shape[1] * shape[2]
+        self.on_disk = self.elements * FLOAT32_BYTES > budget
         self._memory = None if self.on_disk else torch.empty(shape)
 
     def _path(self, layer: int) -> Path:
-        return self.folder / f"hidden-states-{layer % 2}"
+        return self.folder / f"before-{layer:05d}"
 
     def before(self, layer: int) -> torch.Tensor:
         """The states that `layer` reads. In memory there is one tensor, which every window overwrites in its place."""
         if self._memory is not None:
             return self._memory
-        path, size = self._path(layer), int(np.prod(self.shape))
-        if not path.is_file() or path.stat().st_size != size * FLOAT32_BYTES:
+        path = self._path(layer)
+        if not self.kept(layer):
+            self.folder.mkdir(exist_ok=True)
             with path.open("wb") as file:
-                file.truncate(size * FLOAT32_BYTES)
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).reshape(self.shape)
+                file.truncate(self.elements * FLOAT32_BYTES)
+        states = torch.from_file(str(path), shared=True, size=self.elements, dtype=torch.float32)
+        return states.reshape(self.shape)
+
+    def kept(self, layer: int) -> bool:
+        """Whether an earlier run left the states before `layer` on disk."""
+        path = self._path(layer)
+        return self.on_disk and path.is_file() and path.stat().st_size == self.elements * FLOAT32_BYTES
 
     def sync(self, layer: int) -> None:
         """Make the states before `layer` safe on disk."""
         if self.on_disk:
-            descriptor = os.open(self._path(layer), os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(self._path(layer))
+
+    def drop(self, layer: int) -> None:
+        """The states before `layer` are no longer needed."""
+        self._path(layer).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the files."""
-        for layer in (0, 1):
-            self._path(layer).unlink(missing_ok=True)
+        """Delete what is left on disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class _Run:
@@ -144,50 +156,47 @@ class _Run:
         """
         module = self.layers.load(layer)
         online = [found for found in self.source.rotations if found.online]
-        totals: dict[str, SiteSums] = {}
-        stream = StreamSummary()
+        sums, stream = LayerSums(diagonal=self.config.diagonal), StreamSummary()
         with SiteHooks(module, self.source.family, online) as hooks:
 
-            def forward(window: int) -> tuple[dict[str, SiteSums], tuple[torch.Tensor, list[Massive]]]:
+            def forward(window: int) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, list[Massive]]]:
                 # Gradients are switched off for each thread by itself.
                 with torch.no_grad():
                     hooks.start()
                     x = module(before[window][None].to(self.device), position_embeddings=self.rope)[0]
                     after[window] = x.cpu()
-                    seen = hooks.take() if measure else {}
-                    return {site: SiteSums.of(seen[site], self.config.diagonal) for site in seen}, stream_of(x)
+                    return hooks.take(), stream_of(x)
 
-            for window, (sums, seen) in enumerate(workers.map(forward, self.windows)):
-                _add_sums(totals, sums)
-                stream.add(window, *seen)
-        tensors = {name: tensor for site in totals for name, tensor in totals[site].tensors(layer, site).items()}
-        return tensors, stream.to_json()
+            for group in self.groups(workers):
+                seen = list(workers.map(forward, group))
+                for window, (_, found) in zip(group, seen, strict=True):
+                    stream.add(window, *found)
+                if measure:
+                    sums.add([sites for sites, _ in seen], workers)
+        return sums.tensors(layer), stream.to_json()
 
     def output(self, states: torch.Tensor, workers: Workers) -> dict[str, torch.Tensor]:
         """The statistics of what the head reads."""
         norm = self.layers.norm()
-        totals: dict[str, SiteSums] = {}
+        sums = LayerSums(diagonal=self.config.diagonal)
 
-        def forward(window: int) -> dict[str, SiteSums]:
+        def forward(window: int) -> dict[str, torch.Tensor]:
             with torch.no_grad():
-                return {OUTPUT_IN: SiteSums.of(norm(states[window].to(self.device)), self.config.diagonal)}
+                return {OUTPUT_IN: norm(states[window].to(self.device))}
 
-        for sums in workers.map(forward, self.windows):
-            _add_sums(totals, sums)
-        return totals[OUTPUT_IN].tensors(None, OUTPUT_IN)
+        for group in self.groups(workers):
+            sums.add(list(workers.map(forward, group)), workers)
+        return sums.tensors(None)
 
-
-def _add_sums(totals: dict[str, SiteSums], sums: dict[str, SiteSums]) -> None:
-    for site, found in sums.items():
-        if site in totals:
-            totals[site].add(found)
-        else:
-            totals[site] = found
+    def groups(self, workers: Workers) -> list[range]:
+        """The windows whose activations are in memory at the same time; no result depends on how many they are."""
+        size = max(GROUP, workers.threads)
+        return [self.windows[first : first + size] for first in range(0, len(self.windows), size)]
 
 
 def _states(source: Checkpoint, text: CalibrationText, folder: Path) -> HiddenStates:
     shape = (*text.windows.shape, source.numbers.width)
-    return HiddenStates(shape, folder, STATES_IN_MEMORY)
+    return HiddenStates(shape, folder / HIDDEN_STATES, STATES_IN_MEMORY)
 
 
 def _validate(source: Checkpoint, device: str) -> None:
@@ -245,7 +254,7 @@ def calibrate(
     _validate(source, device)
     windows = _tokenize(source, config, text)
     record = stage_record("calibrate", config, source=source, text=windows.sha256())
-    output = StageOutput(out, record, force=force)
+    output = StageOutput(out, record, force=force, beside=(HIDDEN_STATES, IMATRIX))
     if output.finished:
         return Stats(out, read_manifest(out))
     run = _Run(source, windows, config, device)
@@ -272,10 +281,10 @@ def _measure(run: _Run, states: HiddenStates, output: StageOutput, workers: Work
     """Pass the windows through all layers and journal each one; returns the shards. Goes on where a run was stopped."""
     layers = run.source.numbers.layers
     shards = [*(f"blk-{layer:05d}" for layer in range(layers)), "output"]
-    finished = sum(output.done(shard) for shard in shards)
-    # The file before the first unfinished layer was made safe before the journal told of the layer behind it.
-    first = finished if states.on_disk else 0
-    progress(first, len(shards), shards[min(first, layers)])
+    finished = next((index for index, shard in enumerate(shards) if not output.done(shard)), len(shards))
+    # The states behind a layer are safe on disk before the journal tells that the layer is done.
+    first = finished if finished > layers or (finished and states.kept(finished)) else 0
+    progress(min(first, layers), len(shards), shards[min(first, layers)])
     if first == 0:
         run.embed(states.before(0))
     for layer in range(first, layers):
@@ -283,9 +292,10 @@ def _measure(run: _Run, states: HiddenStates, output: StageOutput, workers: Work
         known = output.done(shards[layer])
         before, after = states.before(layer), states.before(layer + 1)
         tensors, summary = run.layer(layer, before, after, workers, measure=not known)
-        states.sync(layer + 1)
         if not known:
+            states.sync(layer + 1)
             output.write(shards[layer], tensors, summary)
+        states.drop(layer)
     progress(layers, len(shards), "output")
     if not output.done("output"):
         output.write("output", run.output(states.before(layers), workers))

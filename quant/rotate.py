@@ -22,7 +22,7 @@ from rondel.converters.folder import read_manifest
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.rotation import Rotation
-from rondel.converters.stats import Stats
+from rondel.converters.stats import MOVED, Stats
 from rondel.quant.fold import check_residual_is_rotatable, folded_norms, gain_of_reader
 from rondel.quant.hadamard import (
     hadamard_plan,
@@ -286,7 +286,7 @@ def rotate(
     """
     rotations = validate(source, config, stats)
     record = stage_record("rotate", config, source=source, stats=stats)
-    output = StageOutput(out, record, force=force)
+    output = StageOutput(out, record, force=force, beside=(MOVED,))
     if output.finished:
         return Checkpoint(out, read_manifest(out))
     shards = _shards(source, config)
