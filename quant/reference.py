@@ -100,20 +100,38 @@ class ReferenceModel:
         return turned.flatten(-2).transpose(0, 1)
 
     def _attention(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return self._attend(layer, x, self._keys_values(layer, x))
+
+    def _keys_values(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a KV cache holds, (kv_heads, n, head_dim) twice."""
         n, numbers = len(x), self.numbers
-        rope = rope_tables(self.source, torch.arange(n))
-        queries = self._heads(layer, "attn_q", x, rope)
+        keys = self._heads(layer, "attn_k", x, rope_tables(self.source, torch.arange(n)))
+        return keys, self._linear(layer, "attn_v", x).reshape(n, numbers.kv_heads, numbers.head_dim).transpose(0, 1)
+
+    def _attend(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor],
+        head_gain: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What attention adds to the residual stream; `head_gain` (heads,) multiplies the queries."""
+        n, numbers = len(x), self.numbers
+        queries = self._heads(layer, "attn_q", x, rope_tables(self.source, torch.arange(n)))
+        if head_gain is not None:
+            queries = queries * head_gain[:, None, None]
         group = numbers.heads // numbers.kv_heads  # query heads g*group .. share the key-value head g
-        keys = self._heads(layer, "attn_k", x, rope).repeat_interleave(group, 0)
-        values = self._linear(layer, "attn_v", x).reshape(n, numbers.kv_heads, numbers.head_dim).transpose(0, 1)
+        keys, values = (half.repeat_interleave(group, 0) for half in keys_values)
         scores = queries @ keys.transpose(-1, -2) / numbers.head_dim**0.5
         future = torch.ones(n, n, dtype=torch.bool).triu(1)
         weights = softmax(scores.masked_fill(future, float("-inf")), -1)
-        heads = (weights @ values.repeat_interleave(group, 0)).transpose(0, 1).reshape(n, -1)
-        return self._linear(layer, "attn_output", heads)
+        return self._linear(layer, "attn_output", (weights @ values).transpose(0, 1).reshape(n, -1))
 
-    def _feed_forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, layer: int, x: torch.Tensor, hidden_gain: torch.Tensor | None = None) -> torch.Tensor:
+        """What the feed-forward part adds to the residual stream; `hidden_gain` (hidden,) scales what down reads."""
         hidden = silu(self._linear(layer, "ffn_gate", x)) * self._linear(layer, "ffn_up", x)
+        if hidden_gain is not None:
+            hidden = hidden * hidden_gain
         for rotation in self._online:
             if _applies(rotation, layer):
                 hidden = rotate_channels(hidden, rotation)

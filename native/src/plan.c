@@ -148,7 +148,7 @@ static int fill_plan(struct plan *plan, const struct table *table, const struct 
         if (place_slot(plan, step, table->kv[i], i)) return -1;
         if (pass == 0 && !step->writes_kv)
             return set_error("step %llu of the replication plan is of pass 0 and shares a KV slot", (ull)i);
-        const struct parameter_set *inherited = &sets->set[table->layer_set ? table->layer_set[layer] : 0];
+        const struct parameter_set *inherited = &sets->set[table->layer_set && pass > 0 ? table->layer_set[layer] : 0];
         if (parameters_resolve(&step->parameters, &sets->set[table->set[i]], inherited, (int)pass, step->attention,
                                step->ffn))
             return -1;
