@@ -11,7 +11,9 @@ static inline __m256i signed_products(__m256i codes, const int8_t *x) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-static inline __m256i codes_q4_0(const struct q4_0 *q) { return _mm256_sub_epi8(nibbles_32(q->codes), _mm256_set1_epi8(8)); }
+static inline __m256i codes_q4_0(const struct q4_0 *q) {
+    return _mm256_sub_epi8(nibbles_32(q->codes), _mm256_set1_epi8(8));
+}
 static inline __m256i codes_q4_1(const struct q4_1 *q) { return nibbles_32(q->codes); }
 static inline __m256i codes_q5_0(const struct q5_0 *q) {
     return _mm256_sub_epi8(fives_32(q->codes, q->high), _mm256_set1_epi8(16));

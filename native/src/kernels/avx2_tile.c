@@ -13,7 +13,8 @@ static inline __m256 scale_group(__m256 y, __m256i sum, float activation, const 
 static inline __m256i half_tile(const uint8_t *bytes, const int8_t *x, int bits) {
     __m256i codes = load_256(bytes), mask = _mm256_set1_epi8((char)((1 << bits) - 1)), pairs = _mm256_setzero_si256();
     for (int f = 0; f < 8 / bits; f++) {
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), broadcast_dword(x + 4 * f)));
+        __m256i field = _mm256_and_si256(codes, mask);
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(field, broadcast_dword(x + 4 * f)));
         codes = _mm256_srli_epi16(codes, bits);
     }
     return pairs;

@@ -2,7 +2,9 @@
 #ifdef RONDEL_X86
 #include "x86.h"
 
-static inline __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+static inline __m512i join(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
 
 /* ---- blocks of 32: unsigned codes u = q + zero, two blocks a vector ---- */
 

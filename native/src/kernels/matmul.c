@@ -79,7 +79,8 @@ EXPORT int32_t rondel_matmul(const char *format, const void *packed, int64_t row
                              int64_t n, int32_t threads, float *outputs) {
     int index = format_find(format);
     if (index < 0 || rondel_format_bytes(format, rows, cols) < 0) return -1;
-    if (n < 0 || threads < 1) return set_error("matmul needs n >= 0 and threads >= 1, got %lld and %d", (long long)n, threads);
+    if (n < 0 || threads < 1)
+        return set_error("matmul needs n >= 0 and threads >= 1, got %lld and %d", (long long)n, threads);
     size_t step = activation_bytes(format_table[index].activation, cols);
     size_t bytes;
     if (__builtin_mul_overflow(step, (size_t)n, &bytes)) return set_error("too many activations for this machine");

@@ -28,7 +28,9 @@ static inline void panel(const uint8_t *tiles, const void *packed, int64_t cols,
                     }
                 }
         for (int r = 0; r < 16; r++, tiles += 2) {
-            int32_t sum = bits == 2 ? 2 * products[r] - 3 * sums[g] : bits == 4 ? products[r] - 8 * sums[g] : products[r];
+            int32_t sum = products[r];
+            if (bits == 2) sum = 2 * sum - 3 * sums[g];
+            if (bits == 4) sum -= 8 * sums[g];
             float scale = half_to_float(tiles[0] | tiles[1] << 8);
             out[r] += (float)sum * (bits == 2 ? 0.5f * scales[g] : scales[g]) * scale;
         }

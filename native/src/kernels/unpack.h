@@ -78,7 +78,9 @@ static inline void unpack_iq4_nl(const void *block, struct unpacked_32 *out) {
 }
 
 /* Element j of the 2-bit fields that Q2_K and Q3_K share. */
-static inline int field_2(const uint8_t codes[64], int j) { return codes[j / 128 * 32 + j % 32] >> j % 128 / 32 * 2 & 3; }
+static inline int field_2(const uint8_t codes[64], int j) {
+    return codes[j / 128 * 32 + j % 32] >> j % 128 / 32 * 2 & 3;
+}
 
 static inline void unpack_q2_k(const void *block, struct unpacked_256 *out) {
     const struct q2_k *q = block;
@@ -132,7 +134,9 @@ static inline void unpack_pairs_q4_k(const uint8_t bytes[12], struct unpacked_25
     }
 }
 
-static inline int nibble(const uint8_t codes[128], int j) { return codes[j / 64 * 32 + j % 32] >> j % 64 / 32 * 4 & 15; }
+static inline int nibble(const uint8_t codes[128], int j) {
+    return codes[j / 64 * 32 + j % 32] >> j % 64 / 32 * 4 & 15;
+}
 
 static inline void unpack_q4_k(const void *block, struct unpacked_256 *out) {
     const struct q4_k *q = block;

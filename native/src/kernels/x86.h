@@ -21,7 +21,8 @@ void avx2_pack_tile_128(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_256(const float *x, int64_t cols, void *packed);
 
 #define DECLARE_DOT(isa, name) float isa##_dot_##name(const void *row, const void *packed, int64_t cols);
-#define DECLARE_PANEL(isa, name) void isa##_panel_##name(const void *tiles, const void *packed, int64_t cols, float out[16]);
+#define DECLARE_PANEL(isa, name) \
+    void isa##_panel_##name(const void *tiles, const void *packed, int64_t cols, float out[16]);
 #define DECLARE_KERNELS(isa)                                                                                     \
     DECLARE_DOT(isa, q4_0) DECLARE_DOT(isa, q4_1) DECLARE_DOT(isa, q5_0) DECLARE_DOT(isa, q5_1)                  \
     DECLARE_DOT(isa, q8_0) DECLARE_DOT(isa, iq4_nl) DECLARE_DOT(isa, q2_k) DECLARE_DOT(isa, q3_k)                \
@@ -108,6 +109,8 @@ static inline __m128i scales_q4_k(const uint8_t bytes[12]) {
 }
 
 /* sum over the 16 sub-blocks of factor x (sum of 16 quants), as eight partial sums. */
-static inline __m256i dot_sums(const int16_t sums[16], __m256i factors) { return _mm256_madd_epi16(load_256(sums), factors); }
+static inline __m256i dot_sums(const int16_t sums[16], __m256i factors) {
+    return _mm256_madd_epi16(load_256(sums), factors);
+}
 
 #endif
