@@ -118,7 +118,7 @@ def measure(
             cut = check_base(compared, cut, model.vocabulary, chunks)
         assert cut is not None
         session = stack.enter_context(
-            Session(model, context, batch=context, threads=threads, kv=kv, replication=replication)
+            Session(model, context=context, batch=context, threads=threads, kv=kv, replication=replication)
         )
 
         def evaluate(window: NDArray[np.int32], first: int) -> NDArray[np.float32]:

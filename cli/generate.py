@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rondel.converters.tokenizer import StreamDecoder, Tokenizer
 from rondel.native import Sampler, Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Reason = Literal["end", "stop", "length", "context", "interrupted"]
 REASONS: dict[Reason, str] = {

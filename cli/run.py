@@ -107,9 +107,17 @@ def run(
         tokenizer = Tokenizer(model.file.keys)
         ids = _chat_ids(tokenizer, text, system) if chat else _text_ids(tokenizer, text)
         limit = None if tokens < 0 else tokens
-        sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed)
+        sampler = Sampler(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last=repeat_last,
+            seed=seed,
+        )
         with Session(
-            model, _context(model, context, len(ids), limit), threads=threads, kv=kv, replication=replication
+            model, context=_context(model, context, len(ids), limit), threads=threads, kv=kv, replication=replication
         ) as session:
             loaded = time.perf_counter() - started
             show = _silent if as_json else _show
