@@ -72,7 +72,7 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         yield show
 
 
-def result(told: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
+def result(told: dict[str, Any], text: str, *, as_json: bool, quiet: bool = False) -> None:
     """Print a command's result: the JSON object alone, or the text, or nothing."""
     if as_json:
         print(json.dumps(told, ensure_ascii=False))
@@ -150,18 +150,12 @@ def plan(told: dict[str, Any], *, as_json: bool) -> None:
     result(told, lines(told), as_json=as_json, quiet=False)
 
 
-def written(command: str, output: Path, manifest: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
-    """Print what a stage wrote: the folder, its tensors by format and its size on disk."""
+def written(command: str, output: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a stage wrote, as the JSON object and as a line: the folder, its size on disk, its tensors by format."""
     formats: dict[str, int] = {}
     for entry in manifest["tensors"].values():
         formats[entry["format"]] = formats.get(entry["format"], 0) + 1
     stored = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    told = {
-        "command": command,
-        "output": str(output),
-        "bytes": stored,
-        "tensors": formats,
-        "stages": manifest["stages"],
-    }
+    told = {"command": command, "output": str(output), "bytes": stored, "tensors": formats, "stages": manifest["stages"]}
     counts = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-    result(told, f"{output}  {size(stored)}  {counts}", as_json=as_json, quiet=quiet)
+    return told, f"{output}  {size(stored)}  {counts}"

@@ -104,7 +104,7 @@ def quantize(
         )
     if not quiet:
         report(made.manifest["quantization"])
-    return console.written("quantize", output, made.manifest, as_json=as_json, quiet=quiet)
+    return console.result(*console.written("quantize", output, made.manifest), as_json=as_json, quiet=quiet)
 
 
 def report(quantization: dict[str, Any]) -> None:

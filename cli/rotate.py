@@ -33,7 +33,7 @@ def rotate(
         typer.Option(
             "--hidden",
             metavar="BLOCK",
-            help="R4: turn the hidden layer while running, in blocks of this many channels, or full. Target rondel only.",
+            help="R4: turn the hidden layer while running, in blocks of so many channels, or full; target rondel only.",
         ),
     ] = "none",
     seed: SeedOption = 0,
@@ -74,4 +74,4 @@ def rotate(
         made = stage.rotate(
             source, output, config, seen, threads=threads, device=device, force=force, progress=progress
         )
-    return console.written("rotate", output, made.manifest, as_json=as_json, quiet=quiet)
+    return console.result(*console.written("rotate", output, made.manifest), as_json=as_json, quiet=quiet)

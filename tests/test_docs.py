@@ -1,0 +1,131 @@
+"""The documentation is true: help texts, the README's command reference and configs/default.toml match the program.
+
+`python tests/test_docs.py` writes the reference anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rondel.cli.main import COMMANDS, load_command
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- commands: written by tests/test_docs.py -->\n", "<!-- end of commands -->\n"
+
+
+def options(command: Any) -> list[tuple[str, str]]:
+    """(how to write it, what it means) of every argument and option."""
+    rows = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            rows.append((parameter.make_metavar_plain() if False else parameter.metavar, parameter.help))
+            continue
+        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+        value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.rstrip('_').upper()}"
+        default = parameter.default
+        told = "" if default in (None, False, True, "", ()) or callable(default) else f" Default: {default}."
+        rows.append((names + value, (parameter.help or "") + told))
+    return rows
+
+
+def reference() -> str:
+    """The README's command reference."""
+    parts = []
+    for name in COMMANDS:
+        command = load_command(name)
+        summary, _, rest = command.help.partition("\n\n")
+        body, _, example = rest.partition("Example:\n\n\b\n")
+        text = " ".join(body.split())
+        code = "\n".join(line.strip() for line in example.strip().splitlines())
+        rows = "\n".join(f"| `{written}` | {meaning} |" for written, meaning in options(command))
+        parts.append(
+            f"<details><summary><code>rondel {name}</code>: {summary}</summary>\n\n{text}\n\n```\n{code}\n```\n\n"
+            f"| | |\n|---|---|\n{rows}\n\n</details>\n"
+        )
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_everything_has_help(name: str) -> None:
+    command = load_command(name)
+    assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name], "cli/main.py tells another first line"
+    for written, meaning in options(command):
+        assert meaning, f"rondel {name} {written} has no help text"
+        assert meaning.strip().endswith((".", ".)")), f"rondel {name} {written}: help is a sentence"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_valid(name: str) -> None:
+    """Every example in a help text parses: its options exist and its arguments are complete."""
+    _, found, example = load_command(name).help.partition("Example:\n\n\b\n")
+    assert found, f"rondel {name} --help shows no example"
+    for line in example.strip().splitlines():
+        program, verb, *arguments = shlex.split(line.split(" | ")[0])
+        assert program == "rondel"
+        load_command(verb).make_context(verb, arguments)  # raises a usage error for what does not exist
+
+
+def test_the_readme_has_the_reference() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert START in text
+    written = text.split(START)[1].split(END)[0]
+    assert written == reference(), "run `python tests/test_docs.py`"
+
+
+def test_the_readme_starts_with_the_two_commands() -> None:
+    first = README.read_text(encoding="utf-8").split("```")[1]
+    assert [line.split("#")[0].strip() for line in first.strip().splitlines()] == ["make demo", "make test"]
+
+
+def _sections() -> dict[str, type]:
+    from rondel.cli.recipe import section_types
+
+    return section_types()
+
+
+def test_default_toml_shows_every_key_with_its_default() -> None:
+    text = (ROOT / "configs/default.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    sections = _sections()
+    assert list(tables) == list(sections)
+    for section, cls in sections.items():
+        block = re.split(r"^\[\w+\]$", text, flags=re.M)[list(sections).index(section) + 1]
+        keys = [field.name for field in dataclasses.fields(cls)]
+        shown = re.findall(r"^(?:# )?(\w+) = ", block, flags=re.M)
+        assert shown == [*(["text"] if section == "calibrate" else []), *keys], f"[{section}]"
+        for field in dataclasses.fields(cls):
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            if default is None:
+                assert field.name not in tables[section], f"[{section}] {field.name}: not set is its default"
+            else:
+                value = tables[section][field.name]
+                assert (tuple(value) if isinstance(value, list) else value) == default, f"[{section}] {field.name}"
+            line = re.search(rf"^(?:# )?{field.name} = .*", block, flags=re.M)
+            assert line is not None
+            assert re.search(r"  # \S", line.group()), f"[{section}] {field.name}: say in a comment what it is for"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_recipes_are_valid(path: Path) -> None:
+    from rondel.cli.recipe import load_recipe
+
+    load_recipe(path, (), None)
+
+
+def write() -> None:
+    """Put the reference into README.md."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    README.write_text(before + START + reference() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
