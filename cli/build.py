@@ -38,6 +38,10 @@ def build(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="MODEL", help="The model to start from, instead of the recipe's.")
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="Calibrate on this text, not the recipe's. May be repeated."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting. May be repeated."),
@@ -58,11 +62,12 @@ def build(
 
     \b
       rondel build configs/demo.toml -o demo/
-      rondel build configs/demo.toml -o q2/ --set quantize.type=Q2_K
+      rondel build configs/q4.toml --model MODEL --text mine.txt -o q4/
+      rondel build configs/q4.toml --model MODEL -o q2/ --set quantize.type=Q2_K
     """
     from rondel.cli.recipe import load_recipe
 
-    chosen = load_recipe(recipe, set_ or (), model)
+    chosen = load_recipe(recipe, set_ or (), model, text or ())
     plans = check(chosen, output)
     if dry_run:
         return console.plan(plans, as_json=as_json)
@@ -94,10 +99,14 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
     for name, settings in _stages(recipe):
         stage = import_module(f"rondel.quant.{name}")
         planned = stage.plan(source, settings, recipe.text) if name == "calibrate" else stage.plan(source, settings)
-        plans[name] = {"output": str(out / FOLDERS[name])} | {k: v for k, v in planned.items() if k != "tensors"}
+        # Line by line is for `quantize --dry-run`; and statistics are on their way.
+        told = {key: value for key, value in planned.items() if key not in ("tensors", "warnings", "stage")}
+        plans[name] = {"output": str(out / FOLDERS[name])} | told
     settings = recipe.sections["export"]
     if settings.type and "quantize" in recipe.sections:
-        raise RondelError(f"[export] type = {settings.type!r} is for models that are not quantized; leave out one of them")
+        raise RondelError(
+            f"[export] type = {settings.type!r} is for models that are not quantized; leave out one of them"
+        )
     exporter.plan(source, out, replace(settings, materialize=False))
     return plans | {"export": {"output": str(out)} | asdict(settings)}
 

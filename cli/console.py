@@ -156,6 +156,12 @@ def written(command: str, output: Path, manifest: dict[str, Any]) -> tuple[dict[
     for entry in manifest["tensors"].values():
         formats[entry["format"]] = formats.get(entry["format"], 0) + 1
     stored = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    told = {"command": command, "output": str(output), "bytes": stored, "tensors": formats, "stages": manifest["stages"]}
+    told = {
+        "command": command,
+        "output": str(output),
+        "bytes": stored,
+        "tensors": formats,
+        "stages": manifest["stages"],
+    }
     counts = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
     return told, f"{output}  {size(stored)}  {counts}"

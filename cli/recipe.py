@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -63,18 +63,16 @@ def section_types() -> dict[str, type]:
     }
 
 
-def load_recipe(path: Path, changes: Iterable[str] = (), model: Path | None = None) -> Recipe:
-    """Read a recipe, make the changes, check every key; `model` replaces the recipe's own."""
+def load_recipe(
+    path: Path, changes: Iterable[str] = (), model: Path | None = None, text: Sequence[Path] = ()
+) -> Recipe:
+    """Read a recipe, make the changes, check every key; `model` and `text` replace the recipe's own."""
     tables = read_tables(path, changes)
     known = section_types()
     for section in tables:
         if section not in known:
             raise RondelError(f"{path}: unknown section [{section}]; known sections: {', '.join(known)}")
-    text = tables.get("calibrate", {}).pop("text", [])
-    if not isinstance(text, list) or not all(isinstance(name, str) for name in text):
-        raise RondelError(f"{path} [calibrate] text: expected a list of file names, got {text!r}")
-    if "calibrate" in tables and not text:
-        raise RondelError(f"{path} [calibrate]: text is missing; name the files to calibrate on, or leave the section out")
+    files = _text_files(path, tables, given=tuple(text))
     chosen = settings(ModelSection, tables.pop("model", {}), f"{path} [model]")
     if chosen.path is None and model is None:
         raise RondelError(f"{path}: names no model; use --model MODEL, or write [model] path")
@@ -85,7 +83,20 @@ def load_recipe(path: Path, changes: Iterable[str] = (), model: Path | None = No
             if chosen.target and any(field.name == "target" for field in fields(known[name])):
                 table = {"target": chosen.target} | table
             sections[name] = settings(known[name], table, f"{path} [{name}]")
-    return Recipe(model or path.parent / chosen.path, tuple(path.parent / name for name in text), sections)
+    start = model if model is not None else path.parent / str(chosen.path)
+    return Recipe(start, files, sections)
+
+
+def _text_files(path: Path, tables: dict[str, dict[str, Any]], given: tuple[Path, ...]) -> tuple[Path, ...]:
+    """[calibrate] text: the one key that names inputs, and so is no setting of the stage."""
+    if "calibrate" not in tables:
+        return ()
+    text = tables["calibrate"].pop("text", [])
+    if given:
+        return given
+    if not (isinstance(text, list) and text and all(isinstance(name, str) for name in text)):
+        raise RondelError(f"{path} [calibrate] text: expected a list of file names, got {text!r}")
+    return tuple(path.parent / name for name in text)
 
 
 def read_tables(path: Path, changes: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ class QuantizeConfig:
     mixture's rules off.
     """
 
-    type: str
+    type: str = "Q4_K_M"
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None

@@ -26,13 +26,15 @@ def options(command: Any) -> list[tuple[str, str]]:
     rows = []
     for parameter in command.params:
         if parameter.param_type_name == "argument":
-            rows.append((parameter.make_metavar_plain() if False else parameter.metavar, parameter.help))
+            rows.append((parameter.metavar, parameter.help))
             continue
         names = ", ".join([*parameter.opts, *parameter.secondary_opts])
-        value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.rstrip('_').upper()}"
-        default = parameter.default
-        told = "" if default in (None, False, True, "", ()) or callable(default) else f" Default: {default}."
-        rows.append((names + value, (parameter.help or "") + told))
+        choices = "|".join(map(str, getattr(parameter.type, "choices", ())))
+        value = "" if parameter.is_flag else f" {parameter.metavar or choices or parameter.name.rstrip('_').upper()}"
+        default, meaning = parameter.default, parameter.help or ""
+        if default not in (None, False, True, "", ()) and "Default:" not in meaning:
+            meaning += f" Default: {default}."
+        rows.append(((names + value).replace("|", "\\|"), meaning))
     return rows
 
 
@@ -85,6 +87,34 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert [line.split("#")[0].strip() for line in first.strip().splitlines()] == ["make demo", "make test"]
 
 
+def _readme_python() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in _readme_python():
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (3, 2048)
+
+
+RENAMED = {"type": "type_", "tensors": "tensor", "layers": "layer"}  # an option that is repeated is one, a key is all
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "rotate", "quantize", "replicate", "export"])
+def test_options_are_the_settings(verb: str) -> None:
+    """Every key of a stage's dataclass is an option of its command, with the same default."""
+    options_ = {parameter.name: parameter for parameter in load_command(verb).params}
+    for field in dataclasses.fields(_sections()[verb]):
+        if (verb, field.name) == ("rotate", "kind"):
+            continue  # one choice is none
+        option = options_[RENAMED.get(field.name, field.name)]
+        empty = (None, (), [])
+        assert option.default == field.default or (option.default in empty and field.default in empty), field.name
+
+
 def _sections() -> dict[str, type]:
     from rondel.cli.recipe import section_types
 
@@ -117,7 +147,7 @@ def test_default_toml_shows_every_key_with_its_default() -> None:
 def test_recipes_are_valid(path: Path) -> None:
     from rondel.cli.recipe import load_recipe
 
-    load_recipe(path, (), None)
+    load_recipe(path, model=Path("model"))
 
 
 def write() -> None:
