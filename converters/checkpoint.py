@@ -30,6 +30,7 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "README.md",  # the model card: its licence goes into the GGUF
 )
 
 

@@ -1,14 +1,12 @@
 """The last stage: a checkpoint becomes one GGUF file, or several by size, for llama.cpp or for rondel's own runtime.
 
-Files are written beside their place under a temporary name and renamed when all of them are whole, the first of a
-split last: whoever sees the first file has all of them.
+Tensors are read, converted and written one at a time; nothing is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +16,9 @@ import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.gguf_keys import ALIGNMENT, EXTENDED_ALIGNMENT, General, Rondel, Split
-from rondel.converters.gguf_reader import GgufFile
-from rondel.converters.gguf_writer import Entry, Value, file_size, hashes_placeholder, padded, write_gguf
+from rondel.converters.gguf_keys import ALIGNMENT, EXTENDED_ALIGNMENT, General, Rondel
+from rondel.converters.gguf_parts import GgufPart, gguf_parts, is_made, write_parts
+from rondel.converters.gguf_writer import HASH_DIGITS, Entry, Value
 from rondel.converters.metadata import (
     describe,
     extension_version,
@@ -38,7 +36,7 @@ from rondel.converters.vocabulary import vocabulary_keys
 TARGETS = ("llama.cpp", "rondel")
 HADAMARD, REPLICATION = "hadamard-1", "replication-1"  # names of features (formats.md, section 1)
 MOST_DIMENSIONS = 4
-MOST_SHARDS = 65535  # split.count is a u16
+NO_HASH = "0" * HASH_DIGITS
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class ExportConfig:
 class _Content:
     """Everything that decides the bytes of the output."""
 
-    source: Checkpoint
     tensors: list[Outgoing]
     entries: list[Entry]
     keys: dict[str, Value]
@@ -65,15 +62,10 @@ class _Content:
     encoding: str  # the type or mixture, for the file's name
     default_name: str
 
-
-@dataclass(frozen=True)
-class _File:
-    """One output file: a run of the tensors."""
-
-    path: Path
-    keys: dict[str, Value]
-    first: int
-    entries: list[Entry]
+    def files(self, out: Path, split: int | None) -> list[GgufPart]:
+        """The files to write at `out`, a file name or a folder."""
+        path = out / self.default_name if out.is_dir() else out
+        return gguf_parts(path, self.keys, self.entries, split, self.alignment)
 
 
 def _check(source: Checkpoint, config: ExportConfig) -> None:
@@ -126,8 +118,8 @@ def _extension_keys(tensors: list[Outgoing], features: list[str], family: str) -
     return keys
 
 
-def _content(source: Checkpoint, config: ExportConfig) -> _Content:
-    """Decide and check everything, without reading a weight."""
+def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool) -> _Content:
+    """Decide and check everything. Unhashed, no weight is read and hashes that are not known yet are zeros."""
     _check(source, config)
     numbers = source.numbers
     tensors = outgoing_tensors(source, config.type)
@@ -156,96 +148,32 @@ def _content(source: Checkpoint, config: ExportConfig) -> _Content:
         keys[General.ALIGNMENT] = alignment
     keys |= vocabulary_keys(source.side_files(), numbers.vocabulary, family=family, pre=config.pre)
     keys |= _extension_keys(tensors, features, family)
-    keys |= rotation_keys(rotations) | replication | provenance_keys(source.carried())
-    inputs = {"version": version("rondel"), "config": asdict(config), "source": source.fingerprint()}
-    keys[Rondel.EXPORT_SHA256] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    keys |= rotation_keys(rotations) | replication
+    keys |= provenance_keys(source.carried() if hashed else source.manifest)
+    keys[Rondel.EXPORT_SHA256] = _inputs_sha256(source, config) if hashed else NO_HASH
     entries = [entry(tensor) for tensor in tensors]
-    return _Content(source, tensors, entries, keys, alignment, encoding, file_name(described, encoding))
+    return _Content(tensors, entries, keys, alignment, encoding, file_name(described, encoding))
 
 
-def _shards(entries: list[Entry], most: int | None, alignment: int) -> list[list[Entry]]:
-    """Runs of tensors of at most `most` bytes; a larger tensor has a file of its own."""
-    runs: list[list[Entry]] = [[]]
-    size = 0
-    for tensor in entries:
-        step = padded(tensor.bytes, alignment)
-        if most is not None and runs[-1] and size + step > most:
-            runs.append([])
-            size = 0
-        runs[-1].append(tensor)
-        size += step
-    return runs
-
-
-def _files(content: _Content, out: Path, split: int | None) -> list[_File]:
-    """The files to write, first to last. Metadata is in the first; every one can be verified by itself."""
-    path = out / content.default_name if out.is_dir() else out
-    runs = _shards(content.entries, split, content.alignment)
-    if len(runs) > MOST_SHARDS:
-        raise RondelError(f"--split {split}: makes {len(runs)} files, at most {MOST_SHARDS} are possible")
-    stem = path.name.removesuffix(".gguf")
-    files = []
-    first = 0
-    for number, run in enumerate(runs):
-        keys: dict[str, Value] = {}
-        place = path
-        if len(runs) > 1:
-            place = path.with_name(f"{stem}-{number + 1:05d}-of-{len(runs):05d}.gguf")
-            keys = {
-                Split.NUMBER: np.uint16(number),
-                Split.COUNT: np.uint16(len(runs)),
-                Split.TENSORS: np.int32(len(content.entries)),
-            }
-        shared = (General.ALIGNMENT, Rondel.EXPORT_SHA256)
-        kept = {key: content.keys[key] for key in shared if key in content.keys} if number else content.keys
-        keys = kept | keys | {Rondel.TENSOR_SHA256: hashes_placeholder(run)}
-        files.append(_File(place, keys, first, run))
-        first += len(run)
-    return files
-
-
-def _is_made(files: Sequence[_File], force: bool) -> bool:
-    """Whether an earlier run with the same inputs and settings wrote all files; refuses to replace anything else."""
-    existing = [file for file in files if file.path.exists()]
-    for file in existing:
-        if not file.path.is_file():
-            raise RondelError(f"{file.path}: is not a file; choose another -o")
-    if len(existing) == len(files) and all(_made_from(file) for file in files):
-        return True
-    if existing and not force:
-        raise RondelError(
-            f"{existing[0].path}: exists with other contents; choose another -o, or use --force to replace it"
-        )
-    return False
-
-
-def _made_from(file: _File) -> bool:
-    """Whether the file on the disk has the size and the inputs of the one to write."""
-    try:
-        keys = GgufFile(file.path).keys
-    except RondelError:
-        return False
-    alignment = file.keys.get(General.ALIGNMENT, ALIGNMENT)
-    same_size = file.path.stat().st_size == file_size(file.keys, file.entries, alignment)
-    return same_size and keys.get(Rondel.EXPORT_SHA256) == file.keys[Rondel.EXPORT_SHA256]
+def _inputs_sha256(source: Checkpoint, config: ExportConfig) -> str:
+    """What decides whether an existing file is the one to write."""
+    inputs = {"version": version("rondel"), "config": asdict(config), "source": source.fingerprint()}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def plan(source: Checkpoint, out: Path, config: ExportConfig) -> dict[str, Any]:
     """What `export` would write: files with their exact sizes in bytes, the architecture, and bytes by format."""
-    content = _content(source, config)
+    content = _content(source, config, hashed=False)
     formats: dict[str, int] = {}
     for tensor, listed in zip(content.tensors, content.entries, strict=True):
         formats[tensor.format] = formats.get(tensor.format, 0) + listed.bytes
-    files = _files(content, out, config.split)
     return {
         "architecture": content.keys[General.ARCHITECTURE],
         "requires": content.keys.get(Rondel.REQUIRES, []),
         "encoding": content.encoding,
         "tensors": len(content.tensors),
         "bytes_by_format": dict(sorted(formats.items())),
-        "files": [
-            {"name": file.path.name, "bytes": file_size(file.keys, file.entries, content.alignment)} for file in files
-        ],
+        "files": [{"name": part.path.name, "bytes": part.size()} for part in content.files(out, config.split)],
     }
 
 
@@ -257,28 +185,18 @@ def export(
     `out` is a file name, or a folder that gets a file named by GGUF's convention. Existing files of the same inputs and
     settings are left as they are.
     """
-    content = _content(source, config)
-    files = _files(content, out, config.split)
-    paths = [file.path for file in files]
-    if _is_made(files, force):
-        return paths
-    if not paths[0].parent.is_dir():
-        raise RondelError(f"{paths[0].parent}: there is no such folder")
-    total = len(content.tensors)
-    progress(0, total, "export")
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    try:
-        for file, partial in zip(files, partials, strict=True):
+    if not out.is_dir() and not out.parent.is_dir():
+        raise RondelError(f"{out.parent}: there is no such folder; make it first")
+    content = _content(source, config, hashed=True)
+    parts = content.files(out, config.split)
+    if not is_made(parts, force=force):
+        total = len(content.tensors)
+        progress(0, total, "export")
 
-            def read(index: int, first: int = file.first) -> np.ndarray:
-                data = tensor_bytes(source, content.tensors[first + index])
-                progress(first + index + 1, total, "export")
-                return data
+        def read(index: int) -> np.ndarray:
+            data = tensor_bytes(source, content.tensors[index])
+            progress(index + 1, total, "export")
+            return data
 
-            write_gguf(partial, file.keys, file.entries, read, alignment=content.alignment)
-        for partial, path in reversed(list(zip(partials, paths, strict=True))):
-            partial.replace(path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-    return paths
+        write_parts(parts, read)
+    return [part.path for part in parts]

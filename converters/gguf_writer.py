@@ -122,10 +122,11 @@ def write_gguf(
     read: Callable[[int], np.ndarray],
     *,
     alignment: int,
+    first: int = 0,
 ) -> None:
     """Write a whole file and bring it to the disk; the caller gives it its final name.
 
-    `read(i)` returns the uint8 bytes of the i-th tensor when its turn comes. Where the keys hold
+    `read(first + i)` returns the uint8 bytes of the i-th tensor when its turn comes. Where the keys hold
     `rondel.tensor.sha256`, its digits are filled in once all tensors have passed.
     """
     start, hashes_at = header(keys, entries, alignment)
@@ -133,7 +134,7 @@ def write_gguf(
     with path.open("wb") as file:
         file.write(start)
         for index, entry in enumerate(entries):
-            data = np.ascontiguousarray(read(index)).reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(read(first + index)).reshape(-1).view(np.uint8).data
             assert len(data) == entry.bytes
             if hashes_at is not None:
                 digests.append(hashlib.sha256(data).hexdigest())

@@ -22,8 +22,9 @@ from rondel.converters.gguf_keys import (
     Rondel,
     model_key,
 )
-from rondel.converters.gguf_writer import Value
+from rondel.converters.gguf_writer import HASH_DIGITS, Value
 from rondel.converters.rotation import Rotation
+from rondel.converters.side_files import read_json
 
 # general.file_type of the named mixtures; a bare K type means its medium mixture, as in llama.cpp.
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -33,21 +34,21 @@ _FILE_TYPES = {
     if kind is not gguf.LlamaFileType.GUESSED
 }
 
-# Sampling defaults of generation_config.json and the attribute that holds them.
-_SAMPLING = {
-    "sequence": "sampling_sequence",
-    "top_k": "sampling_top_k",
-    "top_p": "sampling_top_p",
-    "min_p": "sampling_min_p",
-    "xtc_probability": "sampling_xtc_probability",
-    "xtc_threshold": "sampling_xtc_threshold",
-    "temperature": "sampling_temp",
-    "penalty_last_n": "sampling_penalty_last_n",
-    "penalty_repeat": "sampling_penalty_repeat",
-    "mirostat": "sampling_mirostat",
-    "mirostat_tau": "sampling_mirostat_tau",
-    "mirostat_eta": "sampling_mirostat_eta",
-}
+# Sampling defaults: generation_config.json's name, the gguf package's name, and the type of the value.
+_SAMPLING: tuple[tuple[str, str, type], ...] = (
+    ("sequence", "sampling_sequence", str),
+    ("top_k", "sampling_top_k", int),
+    ("top_p", "sampling_top_p", float),
+    ("min_p", "sampling_min_p", float),
+    ("xtc_probability", "sampling_xtc_probability", float),
+    ("xtc_threshold", "sampling_xtc_threshold", float),
+    ("temperature", "sampling_temp", float),
+    ("penalty_last_n", "sampling_penalty_last_n", int),
+    ("penalty_repeat", "sampling_penalty_repeat", float),
+    ("mirostat", "sampling_mirostat", int),
+    ("mirostat_tau", "sampling_mirostat_tau", float),
+    ("mirostat_eta", "sampling_mirostat_eta", float),
+)
 
 
 def file_type(name: str) -> int | None:
@@ -55,24 +56,48 @@ def file_type(name: str) -> int | None:
     return _FILE_TYPES.get(_ALIASES.get(name, name))
 
 
-def describe(source: Checkpoint, name: str | None, parameters: int) -> gguf.Metadata:
-    """Name, size label, licence and the like, found as llama.cpp's converter finds them.
+def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling defaults that have the type they should have."""
+    found = {}
+    for key, field, kind in _SAMPLING:
+        value = generation.get(key)
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is kind:
+            found[field] = value
+    return found
 
-    A given name replaces the folder's; `parameters` counts the weights of all tensors.
-    """
+
+def _model_card(root: Path) -> dict[str, Any]:
+    """The front matter of README.md."""
+    try:
+        return dict(gguf.Metadata.load_model_card(root))
+    except Exception:  # whatever stands in a README, it must not stop an export
+        return {}
+
+
+def _describe(source: Checkpoint, name: str | None, parameters: int, card: dict[str, Any]) -> gguf.Metadata:
     files = source.side_files()
-    card = gguf.Metadata.load_model_card(source.root) if not source.stages else {}
-    config = gguf.Metadata.load_hf_parameters(source.root) if "config.json" in files else {}
-    generation = gguf.Metadata.load_generation_config(source.root) if "generation_config.json" in files else {}
     folder = Path(name or source.manifest["source"]["name"])
-    start = gguf.Metadata(name=name)
-    described = gguf.Metadata.apply_metadata_heuristic(start, card, config, folder, parameters)
-    sampling = {field: generation[key] for key, field in _SAMPLING.items() if generation.get(key) is not None}
-    described = replace(described, **sampling)
+    config = read_json(files.get("config.json"))
+    described = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(name=name), card, config, folder, parameters)
     if described.name is None:
         described.name = folder.name
     if described.size_label is None and parameters > 0:
         described.size_label = gguf.size_label(parameters, parameters, 0, 0)
+    return replace(described, **_sampling(read_json(files.get("generation_config.json"))))
+
+
+def describe(source: Checkpoint, name: str | None, parameters: int) -> gguf.Metadata:
+    """Name, size label, licence and the like, found as llama.cpp's converter finds them.
+
+    A given name replaces the folder's; `parameters` counts the weights of all tensors. A model card that says something
+    else than cards do is left out.
+    """
+    try:
+        described = _describe(source, name, parameters, _model_card(source.root))
+        described.set_gguf_meta_model(gguf.GGUFWriter(None, source.family.name))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        described = _describe(source, name, parameters, {})
     return described
 
 
@@ -89,7 +114,8 @@ def _general_keys(architecture: str, described: gguf.Metadata) -> dict[str, Valu
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     described.set_gguf_meta_model(writer)
-    return {key: _typed(held) for key, held in writer.kv_data[0].items()}
+    typed = {key: _typed(held) for key, held in writer.kv_data[0].items()}
+    return {key: value for key, value in typed.items() if _is_plain(value)}
 
 
 def _typed(held: gguf.GGUFValue) -> Value:
@@ -99,6 +125,13 @@ def _typed(held: gguf.GGUFValue) -> Value:
     if held.type is gguf.GGUFValueType.FLOAT32:
         return float(held.value)
     return held.value
+
+
+def _is_plain(value: Value) -> bool:
+    """Whether a value can stand in a file: a model card may hold anything."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str | bool | int | float | np.integer)
 
 
 def model_keys(family: Family, numbers: Hyperparameters) -> dict[str, Value]:
@@ -158,8 +191,7 @@ def provenance_keys(manifest: Mapping[str, Any]) -> dict[str, Value]:
     found = manifest.get("source") or {}
     if found.get("name"):
         keys[Rondel.SOURCE_NAME] = Path(found["name"]).name
-    if found.get("sha256"):
-        keys[Rondel.SOURCE_SHA256] = found["sha256"]
+    keys[Rondel.SOURCE_SHA256] = found.get("sha256") or "0" * HASH_DIGITS  # zeros: not computed yet
     calibration = manifest.get("calibration") or {}
     if calibration.get("sha256"):
         keys[Rondel.CALIBRATION_SHA256] = calibration["sha256"]

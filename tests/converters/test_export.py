@@ -297,6 +297,37 @@ def test_a_name_replaces_the_folders(tmp_path: Path) -> None:
     )
 
 
+CARD = """---
+license: apache-2.0
+language: [en]
+tags: [text-generation, 3]
+---
+# A model
+"""
+
+
+def test_licence_and_sampling_defaults_travel_through_the_chain(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    (model / "README.md").write_text(CARD)
+    (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 20, "top_p": "much"}')
+    source = quantized(open_checkpoint(model), tmp_path / "quantized", "Q8_0")
+    keys, _ = read(export(source, tmp_path / "f.gguf", ExportConfig())[0])
+    assert (keys["general.license"], keys["general.languages"]) == ("apache-2.0", ["en"])
+    assert (keys["general.sampling.temp"], keys["general.sampling.top_k"]) == (0.5, 20)
+    assert "general.sampling.top_p" not in keys
+    assert "general.tags" not in keys
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n{[\n---\n", "---\nbase_model: 3\ndatasets: {a: 1}\nlicense: [1]\n---\n", "---\n- a\n---"]
+)
+def test_a_model_card_of_any_shape_does_not_stop_the_export(tmp_path: Path, card: str) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    (model / "README.md").write_text(card)
+    (path,) = export(open_checkpoint(model), tmp_path / "f.gguf", ExportConfig())
+    assert read(path)[0][General.NAME] == "Model"
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
