@@ -45,7 +45,11 @@ def export(
     ],
     type_: Annotated[
         Literal["F16", "F32", "BF16"] | None,
-        typer.Option("--type", help="For the matrices of a model that is not quantized. Default: as they are stored."),
+        typer.Option(
+            "--type",
+            metavar="F16|F32|BF16",
+            help="For the matrices of a model that is not quantized. Default: as they are stored.",
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", metavar="SIZE", help="Start a new file after 500M, 2G, ...")

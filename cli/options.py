@@ -26,15 +26,22 @@ TargetOption = Annotated[
     Target | None,
     typer.Option(
         "--target",
+        metavar="llama.cpp|rondel",
         help="The program that will run the file. rondel allows its own formats and online rotations. "
         "Default: what an earlier stage fixed, else llama.cpp.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random: the same seed gives the same bytes.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of everything random: the same seed gives the same bytes.")
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", "-t", min=1, help="Processor threads; the result is the same for any number. Default: all cores."
+        "--threads",
+        "-t",
+        metavar="N",
+        min=1,
+        help="Processor threads; the result is the same for any number. Default: all cores.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where torch does the arithmetic: cpu, cuda, cuda:1.")]
@@ -50,19 +57,30 @@ HoldingArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A GGUF file, or a folder that an earlier command wrote.")
 ]
 # Scripts may pass the same options to every stage, also where a stage has no use for one.
-UnusedSeedOption = Annotated[int, typer.Option("--seed", help="Accepted by every stage; this one has nothing random.")]
+UnusedSeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Accepted by every stage; this one has nothing random.")
+]
 UnusedTargetOption = Annotated[
-    Target | None, typer.Option("--target", help="Accepted by every stage; this one's output is the same for both.")
+    Target | None,
+    typer.Option(
+        "--target", metavar="llama.cpp|rondel", help="Accepted by every stage; this one's output is the same for both."
+    ),
 ]
 UnusedDeviceOption = Annotated[str, typer.Option("--device", help="Accepted by every stage; this one needs no device.")]
 UnusedThreadsOption = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, help="Accepted by every stage; this one waits for the disk.")
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", min=1, help="Accepted by every stage; this one waits for the disk."),
 ]
 
 # What runs a GGUF file.
 CacheType = Literal["auto", "F16", "F32"]
 CacheOption = Annotated[
-    CacheType, typer.Option("--kv", help="Type of the cache of keys and values; auto: F32 for an F32 model, else F16.")
+    CacheType,
+    typer.Option(
+        "--kv",
+        metavar="auto|F16|F32",
+        help="Type of the cache of keys and values; auto: F32 for an F32 model, else F16.",
+    ),
 ]
 ReplicationOption = Annotated[
     bool, typer.Option("--replication/--no-replication", help="Run replicated layers as the file says, or once.")

@@ -43,7 +43,11 @@ def replicate(
     ] = None,
     kv: Annotated[
         Literal["own", "shared"] | None,
-        typer.Option("--kv", help="Keys and values of the copies. Default: own where serial, shared where parallel."),
+        typer.Option(
+            "--kv",
+            metavar="own|shared",
+            help="Keys and values of the copies. Default: own where serial, shared where parallel.",
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Programs that cannot run the copies shall refuse the file.")

@@ -29,8 +29,7 @@ def options(command: Any) -> list[tuple[str, str]]:
             rows.append((parameter.metavar, parameter.help))
             continue
         names = ", ".join([*parameter.opts, *parameter.secondary_opts])
-        choices = "|".join(map(str, getattr(parameter.type, "choices", ())))
-        value = "" if parameter.is_flag else f" {parameter.metavar or choices or parameter.name.rstrip('_').upper()}"
+        value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.rstrip('_').upper()}"
         default, meaning = parameter.default, parameter.help or ""
         if default not in (None, False, True, "", ()) and "Default:" not in meaning:
             meaning += f" Default: {default}."
