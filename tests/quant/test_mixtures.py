@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 
+from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.errors import RondelError
+from rondel.converters.export import ExportConfig, export
+from rondel.converters.metadata import file_type
 from rondel.quant.mixtures import (
     MIXTURES,
     Choice,
@@ -18,6 +24,9 @@ from rondel.quant.mixtures import (
     is_matrix,
     mixture_named,
 )
+from rondel.quant.quantize import QuantizeConfig, plan
+from tests.peer.ggml import find_quantizer, llama_quantize
+from tests.tiny import tiny_model
 
 LAYERS = 16
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -173,3 +182,33 @@ def test_names() -> None:
             mixture_named(name)
     with pytest.raises(RondelError, match="IQ4_NL"):
         format_named("Q4_K_M")
+
+
+# Sixteen layers with grouped queries; the same ungrouped, where a rule asks; rows of 64 and 172 and a tied head.
+BIG = {"width": 256, "hidden": 256, "heads": 4, "layers": 16}
+PEER_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "grouped": (BIG | {"kv_heads": 1}, tuple(MIXTURES)),
+    "ungrouped": (BIG | {"kv_heads": 4}, ("Q2_K", "IQ4_NL")),
+    "narrow": ({"width": 64, "hidden": 172, "layers": 8, "tied": True}, tuple(MIXTURES)),
+}
+NEEDS_AN_IMATRIX = "Q2_K_S"  # llama.cpp refuses it without one
+
+
+@pytest.mark.peer
+@pytest.mark.slow
+@pytest.mark.skipif(find_quantizer() is None, reason="needs llama-quantize's function: pip install llama-cpp-python")
+@pytest.mark.parametrize("shape", PEER_MODELS)
+def test_llama_quantize_chooses_the_same_formats(shape: str, tmp_path: Path) -> None:
+    sizes, mixtures = PEER_MODELS[shape]
+    source = open_checkpoint(tiny_model("llama", tmp_path / "hf", **sizes))
+    (exported,) = export(source, tmp_path / "f16.gguf", ExportConfig(type="F16"))
+    for mixture in mixtures:
+        if mixture == NEEDS_AN_IMATRIX:
+            continue
+        number = file_type(mixture)
+        assert number is not None
+        theirs = tmp_path / "theirs.gguf"
+        llama_quantize(exported, theirs, number)
+        types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
+        ours = {line["name"]: line["format"] for line in plan(source, QuantizeConfig(mixture))["tensors"]}
+        assert {name: types[name] for name in ours} == ours, mixture
