@@ -155,9 +155,9 @@ def test_sparse_entries_keep_the_identity_elsewhere(tmp_path: Path) -> None:
 
 
 def test_copies_inherit_from_their_layer(tmp_path: Path) -> None:
-    """The layer's own set (here set 2) fills in what the copy's set leaves out, also for pass 0."""
+    """The layer's own set (here set 2) fills in what the copy's set leaves out; pass 0 stays the base."""
     layer = {"ffn_out_gain": np.full(32, 0.5)}
-    explicit = [Step(0), Step(1, 0, BLOCK, 1, 1, layer), Step(1, 1, BLOCK, 2, 2, OPEN | layer), Step(2, group=3, kv=3)]
+    explicit = [Step(0), Step(1, 0, BLOCK, 1, 1), Step(1, 1, BLOCK, 2, 2, OPEN | layer), Step(2, group=3, kv=3)]
     expected = evaluate(write(tmp_path, explicit, [NONE] * 4))
     inherited = [Step(0), Step(1, 0, BLOCK, 1, 1, layer), Step(1, 1, BLOCK, 2, 2, OPEN), Step(2, group=3, kv=3)]
     changes = {"step__pset": [0, 0, 2, 0], "layer__pset": ([0, 1, 0], TYPES.ARRAY, TYPES.UINT32)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
+from rondel.converters.export import ExportConfig, export
 from rondel.converters.replication import ATTENTION, BLOCK, FFN, Replication
 from rondel.converters.replication_codec import PREFIX, decode_replication
+from rondel.native import Model, Session
 from rondel.quant.reference import ReferenceModel, reference_logits
 from rondel.quant.replicate import (
     ReplicateConfig,
@@ -28,6 +31,7 @@ from tests.tiny import tiny_model
 
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 ROUNDING64 = 1e-12  # relative, of sums in another order in float64
+FLOAT32_ERROR = 1e-5  # of the largest logit: float32 against float64
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +254,27 @@ def test_logits_follow_the_manifest(source: Checkpoint, tmp_path: Path) -> None:
     out = replicate(source, tmp_path / "out", ReplicateConfig(("1:serial:1:gate=0.5",)))
     assert torch.equal(replicated_logits(out, TOKENS), logits(source, "1:serial:1:gate=0.5"))
     assert torch.equal(replicated_logits(source, TOKENS), reference_logits(source, TOKENS))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("layers", "kv"),
+    [
+        (("0:serial:1:0.5", "1:parallel:2:sum:gain=0.9:0.3", "1:serial:1:ffn:0.25"), None),
+        (("1:parallel:2:mean:0.5", "0:serial:2:attn:0.7"), "shared"),
+    ],
+)
+def test_the_runtime_executes_the_same_steps(
+    layers: tuple[str, ...], kv: Literal["shared"] | None, family: str, tmp_path: Path
+) -> None:
+    folder = tiny_model(family, tmp_path / "m", tied=family == "qwen2")
+    made = replicate(open_checkpoint(folder), tmp_path / "r", ReplicateConfig(layers, kv=kv))
+    file = export(made, tmp_path / "m.gguf", ExportConfig(type="F32"))[0]
+    expected = replicated_logits(made, TOKENS).numpy()
+    with Model(file) as model, Session(model, threads=1) as session:
+        assert model.warnings == []
+        assert model.steps() == 6
+        whole = session.eval(TOKENS.numpy(), all=True)
+        assert np.abs(whole - expected).max() <= FLOAT32_ERROR * np.abs(expected).max()
+        one_by_one = [session.eval([int(token)], position=i)[-1] for i, token in enumerate(TOKENS)]
+        assert np.abs(np.stack(one_by_one) - expected).max() <= FLOAT32_ERROR * np.abs(expected).max()
