@@ -115,26 +115,19 @@ class Generation:
     def _continue(self, logits: NDArray[np.float32], answer: Answer) -> None:
         started = time.perf_counter()
         try:
-            while True:
-                reason = self._full(answer)
-                if reason is None:
-                    reason = self._accept(self._choose(logits), answer)
-                if reason is None:
-                    reason = self._full(answer)  # before an evaluation that nobody would use
+            while len(answer.ids) != self._limit:
+                reason = self._accept(self._choose(logits), answer)
+                if reason is None and len(answer.ids) != self._limit and self._session.length == self._session.context:
+                    reason = "context"  # no place for this token, so nothing can follow it
                 if reason is not None:
                     answer.reason = reason
                     return
-                logits = self._session.eval(answer.ids[-1:])
-                answer.steps += 1
-                answer.bytes_read += self._session.bytes_read
+                if len(answer.ids) != self._limit:  # else nobody would use what follows
+                    logits = self._session.eval(answer.ids[-1:])
+                    answer.steps += 1
+                    answer.bytes_read += self._session.bytes_read
         finally:
             answer.seconds = time.perf_counter() - started
-
-    def _full(self, answer: Answer) -> Reason | None:
-        if self._limit is not None and len(answer.ids) >= self._limit:
-            return "length"
-        # The token before the first answer's is in the cache, later ones are not until they are evaluated.
-        return "context" if answer.ids and self._session.length >= self._session.context else None
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         if self._ignore_end:
