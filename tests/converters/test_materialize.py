@@ -21,9 +21,11 @@ from rondel.converters.replication import ATTENTION, BLOCK, FFN, NO_SLOT, Parame
 from rondel.converters.replication_codec import encode_replication
 from rondel.converters.rotation import Rotation
 from rondel.converters.row_gains import SCALE_OFFSETS, fold_into_blocks
+from rondel.native.model import Model, Session
 from tests.tiny import tiny_model
 
 WIDTH, HEADS, HIDDEN = 64, 4, 96
+FLOAT32_ROUNDING = 1e-5  # relative to the largest logit: gains are applied before sums instead of behind them
 HALF_ULP = 2.0**-11  # of a float16 scale, relative
 MATERIALIZED = ExportConfig(materialize=True)
 
@@ -200,6 +202,26 @@ def test_paths_that_are_no_layers_are_refused(tmp_path: Path, copy: Step, merges
     parallel = write(source, tmp_path / "replicated", {**source.carried(), "replication": record}, None)
     with pytest.raises(RondelError, match=words):
         export(parallel, tmp_path / "f.gguf", MATERIALIZED)
+
+
+def test_layers_compute_what_steps_compute(tmp_path: Path) -> None:
+    """rondel's runtime on the replicated file, against the same on the file with a layer for each step."""
+    parameters = gates(
+        attn_norm_gain=spread(WIDTH, 1),
+        ffn_norm_gain=spread(WIDTH, 2),
+        attn_out_gain=spread(WIDTH, 3),
+        ffn_out_gain=spread(WIDTH, 4),
+        q_head_gain=spread(HEADS, 5),
+        ffn_hidden_gain=spread(HIDDEN, 6),
+    )
+    source = replicated(tmp_path, [(0, BLOCK, parameters), (1, FFN, {"gate_ffn": np.full(1, 0.5, np.float32)})])
+    logits = []
+    for config in (ExportConfig(type="F32"), ExportConfig(type="F32", materialize=True)):
+        (path,) = export(source, tmp_path / f"{config.materialize}.gguf", config)
+        with Model(path) as model, Session(model) as session:
+            assert model.steps() == 4
+            logits.append(session.eval([3, 5, 7, 11, 13], all=True))
+    assert np.abs(logits[0] - logits[1]).max() <= FLOAT32_ROUNDING * np.abs(logits[0]).max()
 
 
 @pytest.mark.peer
