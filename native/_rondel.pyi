@@ -1,4 +1,3 @@
 from typing import Any
 
-__file__: str
 ffi: Any

@@ -38,7 +38,7 @@ class Model:
     @property
     def warnings(self) -> list[str]:
         """What of the file is ignored, one sentence each."""
-        texts = []
+        texts: list[str] = []
         while (text := lib.rondel_model_warning(self.handle, len(texts))) != ffi.NULL:
             texts.append(ffi.string(text).decode("utf-8", "replace"))
         return texts
@@ -88,7 +88,8 @@ class Session:
 
     `batch` is how many tokens of a prompt run at a time; `kv` is "auto" (F32 for an F32 model, else F16), "F16" or
     "F32"; without `replication` the base path runs. `threads` defaults to the cores this process may use. The results
-    depend neither on `batch` nor on `threads`, bit for bit.
+    depend neither on `batch` nor on `threads`, bit for bit. One Python thread at a time may use a session; any number
+    of sessions may share a model.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Session:
         self._run(np.ascontiguousarray(tokens, np.int32), position, False, ffi.NULL)
 
     def _run(self, ids: NDArray[np.int32], position: int | None, all: bool, logits: Any) -> None:
+        _ = self.model.handle  # raises ValueError where the model was closed: its weights are gone
         start = self.length if position is None else position
         data = ffi.from_buffer("int32_t[]", ids)
         check(lib.rondel_session_eval(self.handle, data, len(ids), start, all, logits))

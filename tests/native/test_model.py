@@ -256,9 +256,12 @@ def test_fused_rotations_need_nothing(tmp_path: Path) -> None:
 
 def test_a_closed_model_says_so(tmp_path: Path) -> None:
     model = Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS)))
+    session = Session(model, threads=1)
     model.close()
     with pytest.raises(ValueError, match="closed"):
         Session(model)
+    with pytest.raises(ValueError, match="closed"):
+        session.eval(TOKENS)
 
 
 def test_a_model_keeps_its_file_readable(tmp_path: Path) -> None:
