@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import subprocess
 import sys
@@ -350,6 +351,33 @@ def test_a_killed_export_leaves_no_file_and_does_not_disturb_the_next(tmp_path: 
         assert not list(tmp_path.glob("*.gguf"))
     paths = export(source, tmp_path / "f.gguf", ExportConfig(split=50_000))
     assert sorted(path.name for path in tmp_path.glob("f*")) == [path.name for path in paths]
+
+
+def test_parts_of_an_export_that_was_killed_while_renaming_are_completed(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model")
+    paths = export(source, tmp_path / "f.gguf", ExportConfig(split=50_000))
+    contents = [path.read_bytes() for path in paths]
+    paths[0].unlink()
+    assert export(source, tmp_path / "f.gguf", ExportConfig(split=50_000)) == paths
+    assert [path.read_bytes() for path in paths] == contents
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny(tmp_path / "model")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rondel.converters.gguf_writer.os.fsync", full)
+    with pytest.raises(RondelError, match=r"f\.gguf: cannot be written \(No space left"):
+        export(source, tmp_path / "f.gguf", ExportConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_plan_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny(tmp_path / "model")
+    monkeypatch.setattr("rondel.converters.weights.Weights.read", None)
+    assert plan(source, tmp_path / "f.gguf", ExportConfig(type="BF16"))["encoding"] == "BF16"
 
 
 @pytest.mark.peer

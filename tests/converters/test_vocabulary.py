@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import Tokenizer as Keys
 from rondel.converters.gguf_keys import TokenType
 from rondel.converters.sentencepiece_model import read_sentencepiece
+from rondel.converters.tokenizer import Tokenizer as Encoder
 from rondel.converters.vocabulary import vocabulary_keys
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "tests/models/stories-4m"
+STORIES = ROOT / "tests/models/stories.txt"
 SHARED = ROOT.parent / "shared/models"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -218,6 +220,30 @@ def test_a_byte_fallback_tokenizer_becomes_sentencepiece_with_merge_ranks(tmp_pa
     assert (keys[Keys.MODEL], keys[Keys.PRE]) == ("llama", "default")
     assert keys[Keys.SCORES][-2:] == [0.0, -1.0]
     assert keys[Keys.TOKEN_TYPE][:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+
+
+def test_both_forms_of_one_tokenizer_cut_texts_alike(tmp_path: Path) -> None:
+    """A tokenizer.json made from a tokenizer.model, as exporters make it: both and the library give the same ids."""
+    folder = SHARED / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("stories260K is not on this machine")
+    pieces = read_sentencepiece(folder / "tokenizer.model").pieces
+    vocab = {piece.text: token for token, piece in enumerate(pieces)}
+    merges = [
+        (-piece.score, vocab[piece.text[:cut]], vocab[piece.text[cut:]], piece.text[:cut], piece.text[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece.text))
+        if piece.type == TokenType.NORMAL and piece.text[:cut] in vocab and piece.text[cut:] in vocab
+    ]
+    ordered = [merge[3:] for merge in sorted(merges)]
+    library = Tokenizer(models.BPE(vocab=vocab, merges=ordered, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = STORIES.read_text(encoding="utf-8")[:5000] + " caf\u00e9 \u2603"
+    expected = library.encode(text).ids
+    for files in (files_of(tmp_path), files_of(folder)):
+        assert Encoder(vocabulary_keys(files, 512, family="llama")).encode(text)[1:] == expected
 
 
 def test_tokens_beyond_the_models_vocabulary_are_refused(write: Write) -> None:
