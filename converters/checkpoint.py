@@ -6,6 +6,7 @@ An HF folder opens as a Checkpoint without copying (see huggingface.py); every s
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import torch
 
 from rondel.converters.errors import RondelError
 from rondel.converters.families import FAMILIES
-from rondel.converters.family import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_FACTORS, Family, Hyperparameters
+from rondel.converters.family import (
+    EMBEDDING,
+    OUTPUT,
+    OUTPUT_NORM,
+    ROPE_FACTORS,
+    Family,
+    Hyperparameters,
+    block_tensor,
+    canonical_shapes,
+)
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
 from rondel.converters.manifest import digest_of
 from rondel.converters.rotation import Rotation
@@ -101,6 +111,33 @@ class Checkpoint(TensorFolder):
         return {key: value for key, value in self.manifest.items() if key not in ("tensors", "manifest_version")}
 
 
+def _check(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest whose family, numbers, rotations or tensors do not belong together."""
+    damaged = f"{path / MANIFEST}: the file is damaged, run its stage again"
+    family = FAMILIES.get(str(manifest.get("family")))
+    if family is None:
+        raise RondelError(f"{damaged} (family {manifest.get('family')!r}, rondel knows {', '.join(FAMILIES)})")
+    try:
+        numbers = Hyperparameters(**manifest["hyperparameters"])
+        for record in manifest.get("rotations", []):
+            Rotation.from_json(record)
+        shapes = canonical_shapes(family, replace(numbers, tied=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RondelError(f"{damaged} ({error!r})") from error
+    optional = {OUTPUT: shapes[EMBEDDING], ROPE_FACTORS: (numbers.head_dim // 2,)}
+    for layer in range(numbers.layers):
+        for linear in family.linears:
+            optional[block_tensor(layer, linear.role, "bias")] = (numbers.size(linear.rows),)
+    found = manifest["tensors"]
+    for name in shapes:
+        if name not in found:
+            raise RondelError(f"{damaged} (tensor {name} is missing)")
+    for name, entry in found.items():
+        expected = shapes.get(name, optional.get(name))
+        if expected is None or tuple(entry["shape"]) != expected:
+            raise RondelError(f"{damaged} (tensor {name} is {entry['shape']}, expected {expected and list(expected)})")
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a stage's folder or an HF folder."""
     if not path.is_dir():
@@ -109,6 +146,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         manifest = read_manifest(path)
         if manifest.get("kind") != "checkpoint":
             raise RondelError(f"{path}: holds {manifest.get('kind')!r}, a model is needed here")
+        _check(manifest, path)
         return Checkpoint(path, manifest)
     from rondel.converters.huggingface import open_huggingface
 

@@ -84,12 +84,22 @@ class TensorFolder:
         info = self.info(name)
         if info.packed:
             raise RondelError(f"{self.root}: {name} is quantized ({info.format}), a float tensor is needed here")
-        return read_tensor(self.root / info.shard, name)
+        tensor = read_tensor(self.root / info.shard, name)
+        found = FLOAT_FORMATS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        if found != (info.format, info.shape):
+            raise RondelError(
+                f"{self.root / info.shard}: {name} is {found[0]} {list(found[1])}, the manifest says "
+                f"{info.format} {list(info.shape)}; the folder is damaged, run its stage again"
+            )
+        return tensor
 
     def packed(self, name: str) -> Packed:
         """A quantized tensor's bytes."""
         info = self.info(name)
-        return Packed(read_tensor(self.root / info.shard, name), info.format, info.shape)
+        data = read_tensor(self.root / info.shard, name)
+        if data.dtype != torch.uint8 or data.dim() != 1:
+            raise RondelError(f"{self.root / info.shard}: {name} is not packed bytes; the folder is damaged")
+        return Packed(data, info.format, info.shape)
 
     def fingerprint(self) -> str:
         """A hash of everything that a later stage reads: tensors, hyperparameters, records. Not of any path."""

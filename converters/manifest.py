@@ -45,12 +45,30 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise RondelError(f"{root}: holds no {MANIFEST}; expected a folder that a rondel stage wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RondelError(f"{path}: not readable as a manifest ({error}); run its stage again") from error
     if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
         found = manifest.get("manifest_version") if isinstance(manifest, dict) else type(manifest).__name__
         raise RondelError(f"{path}: expected manifest version {MANIFEST_VERSION}, got {found!r}; update rondel")
+    _check_entries(manifest, path)
     return manifest
+
+
+def _check_entries(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest whose tensors or stages are not described as rondel does, or lie outside the folder."""
+    tensors, stages = manifest.get("tensors"), manifest.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise RondelError(f"{path}: stages must be a list of records; the file is damaged, run its stage again")
+    if not isinstance(tensors, dict):
+        raise RondelError(f"{path}: tensors must be an object by name; the file is damaged, run its stage again")
+    for name, entry in tensors.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not whole or not all(isinstance(entry.get(key), str) for key in ("format", "shard", "sha256")):
+            raise RondelError(f"{path}: tensor {name} is not described; the file is damaged, run its stage again")
+        shard = entry["shard"]
+        if Path(shard).name != shard or "\\" in shard:
+            raise RondelError(f"{path}: tensor {name} is said to be in {shard!r}, expected a file of this folder")
 
 
 def tensor_infos(manifest: dict[str, Any]) -> dict[str, TensorInfo]:
