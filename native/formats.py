@@ -16,11 +16,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Format:
-    """One weight format: its ggml type number (-1: one of ours) and the columns a row must be a multiple of."""
+    """One weight format: ggml type number (-1: ours), the columns a row is a multiple of, whether `encode` writes it."""
 
     name: str
     ggml_type: int
     block: int
+    encodes: bool
 
     @property
     def tiled(self) -> bool:
@@ -32,7 +33,15 @@ class Format:
 def formats() -> dict[str, Format]:
     """All formats of this build by name."""
     names = [ffi.string(lib.rondel_format_name(i)).decode() for i in range(lib.rondel_format_count())]
-    return {n: Format(n, lib.rondel_format_ggml_type(n.encode()), lib.rondel_format_block(n.encode())) for n in names}
+    return {
+        n: Format(
+            n,
+            lib.rondel_format_ggml_type(n.encode()),
+            lib.rondel_format_block(n.encode()),
+            bool(lib.rondel_format_encodes(n.encode())),
+        )
+        for n in names
+    }
 
 
 def format_of_ggml_type(ggml_type: int) -> Format | None:

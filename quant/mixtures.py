@@ -47,8 +47,9 @@ def format_named(name: str) -> str:
     """The canonical spelling of one format ("q4_k" is Q4_K, "U4" is U4-128); refuses an unknown one."""
     upper = name.upper()
     upper = TILE_ALIASES.get(upper, upper)
-    if upper not in formats():
-        raise RondelError(f"there is no format {name!r}; expected one of {', '.join(formats())}")
+    encodable = [format.name for format in formats().values() if format.encodes]
+    if upper not in encodable:
+        raise RondelError(f"there is no format {name!r} to quantize to; expected one of {', '.join(encodable)}")
     return upper
 
 

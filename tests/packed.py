@@ -21,8 +21,20 @@ HALVES = {
     "Q5_K": ([0, 2], 176),
     "Q6_K": ([208], 210),
     "IQ4_NL": ([0], 18),
+    "IQ4_XS": ([0], 136),
+    "MXFP4": ([], 17),
+    "TQ1_0": ([52], 54),
+    "TQ2_0": ([64], 66),
+    "IQ1_S": ([0], 50),
+    "IQ1_M": ([], 56),
+    "IQ2_XXS": ([0], 66),
+    "IQ2_XS": ([0], 74),
+    "IQ2_S": ([0], 82),
+    "IQ3_XXS": ([0], 98),
+    "IQ3_S": ([0], 110),
 }
 FLOATS = ("F32", "F16", "BF16")
+BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 GGML = (*FLOATS, *HALVES)
 TILES = tuple(TILE_FORMATS)
 EVERY = (*GGML, *TILES)
@@ -32,7 +44,7 @@ def block_of(name: str) -> int:
     """Columns a row must be a multiple of, from the name alone (tests compare it with the runtime's table)."""
     if name in TILES:
         return TILE_FORMATS[name].group
-    return 1 if name in FLOATS else 256 if name.endswith("_K") else 32
+    return 1 if name in FLOATS else 32 if name in BLOCKS_OF_32 else 256
 
 
 def half_columns(name: str, packed: NDArray[np.uint8]) -> list[NDArray[np.uint16]]:
@@ -43,6 +55,10 @@ def half_columns(name: str, packed: NDArray[np.uint8]) -> list[NDArray[np.uint16
         return [packed.reshape(-1, frame)[:, frame - 32 :].view(np.uint16)]
     offsets, size = HALVES[name]
     return [packed.reshape(-1, size)[:, o : o + 2].view(np.uint16) for o in offsets]
+
+
+def _bytes_of(name: str) -> int:
+    return HALVES[name][1] if name in HALVES else TILE_FORMATS[name].bytes(16, TILE_FORMATS[name].group)
 
 
 def random_packed(
@@ -57,6 +73,14 @@ def random_packed(
         bits = values.view(np.uint32)
         return (bits if name == "F32" else (bits >> 16).astype(np.uint16)).view(np.uint8).reshape(-1)
     packed = rng.integers(0, 256, size, dtype=np.uint8) if fill is None else np.full(size, fill, np.uint8)
+    bits = rng.integers(0, 1 << 16, size // _bytes_of(name), dtype=np.uint16) & 0x8FFF | 0x3000
+    if name == "IQ1_M":  # the half stands in the top nibbles of four words
+        words = packed.reshape(-1, 56)[:, 48:].view(np.uint16)
+        half = bits if scale is None else np.full_like(bits, np.float16(scale).view(np.uint16))
+        for i in range(4):
+            words[:, i] = words[:, i] & 0x0FFF | (half >> 4 * i & 15) << 12
+    if name == "MXFP4":  # a power of two around one, as an exponent
+        packed.reshape(-1, 17)[:, 0] = 124 + (bits & 7) if scale is None else 128
     for halves in half_columns(name, packed):
         if scale is None:  # any sign and mantissa, magnitudes around one
             halves[:] = rng.integers(0, 1 << 16, halves.shape, dtype=np.uint16) & 0x8FFF | 0x3000

@@ -24,6 +24,7 @@ const char *rondel_format_name(int32_t index);
 int32_t rondel_format_ggml_type(const char *format);                /* -1: ours, stored as I8 bytes */
 int64_t rondel_format_block(const char *format);                    /* columns a row must be a multiple of */
 int64_t rondel_format_bytes(const char *format, int64_t rows, int64_t cols); /* -1: does not fit */
+int32_t rondel_format_encodes(const char *format);                  /* 0: decoded and run, not written */
 int32_t rondel_decode(const char *format, const void *packed, int64_t rows, int64_t cols, float *weights);
 /* importance: (cols,) non-negative weights of the squared error, or NULL. Same bytes for any `threads`. */
 int32_t rondel_encode(const char *format, const float *weights, const float *importance, int64_t rows, int64_t cols,

@@ -25,6 +25,17 @@ const struct format_traits format_table[FMT_COUNT] = {
     [FMT_Q5_K] = {"Q5_K", 13, 256, 176, 1, ACT_Q8_K},
     [FMT_Q6_K] = {"Q6_K", 14, 256, 210, 1, ACT_Q8_K},
     [FMT_IQ4_NL] = {"IQ4_NL", 20, 32, 18, 1, ACT_Q8_0},
+    [FMT_IQ4_XS] = {"IQ4_XS", 23, 256, 136, 1, ACT_Q8_K},
+    [FMT_MXFP4] = {"MXFP4", 39, 32, 17, 1, ACT_Q8_0},
+    [FMT_TQ1_0] = {"TQ1_0", 34, 256, 54, 1, ACT_Q8_K},
+    [FMT_TQ2_0] = {"TQ2_0", 35, 256, 66, 1, ACT_Q8_K},
+    [FMT_IQ1_S] = {"IQ1_S", 19, 256, 50, 1, ACT_Q8_K},
+    [FMT_IQ1_M] = {"IQ1_M", 29, 256, 56, 1, ACT_Q8_K},
+    [FMT_IQ2_XXS] = {"IQ2_XXS", 16, 256, 66, 1, ACT_Q8_K},
+    [FMT_IQ2_XS] = {"IQ2_XS", 17, 256, 74, 1, ACT_Q8_K},
+    [FMT_IQ2_S] = {"IQ2_S", 22, 256, 82, 1, ACT_Q8_K},
+    [FMT_IQ3_XXS] = {"IQ3_XXS", 18, 256, 98, 1, ACT_Q8_K},
+    [FMT_IQ3_S] = {"IQ3_S", 21, 256, 110, 1, ACT_Q8_K},
     [FMT_U2_64] = TILE(2, 64),
     [FMT_U2_128] = TILE(2, 128),
     [FMT_U2_256] = TILE(2, 256),
@@ -39,8 +50,8 @@ const struct format_traits format_table[FMT_COUNT] = {
 int format_find(const char *name) {
     for (int i = 0; i < FMT_COUNT; i++)
         if (strcmp(format_table[i].name, name) == 0) return i;
-    return set_error("unknown weight format '%s': this build knows F32, F16, BF16, ggml's Q and K types, IQ4_NL and "
-                     "U2, U4, U8 with groups of 64, 128 or 256",
+    return set_error("unknown weight format '%s': this build knows F32, F16, BF16, ggml's Q, K, IQ and TQ types, "
+                     "MXFP4, and U2, U4, U8 with groups of 64, 128 or 256",
                      name);
 }
 

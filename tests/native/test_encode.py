@@ -15,7 +15,7 @@ from tests.peer.ggml import ggml_encode
 from tests.peer.llama import find_library
 
 FLOATS = ("F32", "F16", "BF16")
-BLOCKS = tuple(name for name in formats() if name not in FLOATS and not formats()[name].tiled)
+BLOCKS = tuple(name for name, f in formats().items() if name not in FLOATS and f.encodes and not f.tiled)
 TILES = tuple(name for name in formats() if formats()[name].tiled)
 QUANTIZED = BLOCKS + TILES
 

@@ -56,6 +56,8 @@ def test_integer_sums_are_exact(isa, name):
     packed = random_packed(name, ROWS, cols, rng, scale=1.0)
     if name == "Q6_K":  # sub-scales of -8..7 instead of -128..127, so that float32 can hold the sums
         packed.reshape(-1, 210)[:, 192:208] = rng.integers(-8, 8, (ROWS, 16)).astype(np.int8).view(np.uint8)
+    if name == "IQ4_XS":  # likewise: high bits 10 and 01 in turn make scales of -16..15
+        packed.reshape(-1, 136)[:, 2:4] = 0x66
     if name in FLOATS:
         integers = rng.integers(-128, 128, (ROWS, cols)).astype(np.float32)
         halves = integers.astype(np.float16).view(np.uint16)

@@ -26,7 +26,13 @@ static encode_rows encoder_of(int format) {
     case FMT_Q4_K:
     case FMT_Q5_K:
     case FMT_Q6_K: return encode_superblocks;
-    default: return format_table[format].rows > 1 ? encode_tiles : encode_blocks;
+    case FMT_Q4_0:
+    case FMT_Q4_1:
+    case FMT_Q5_0:
+    case FMT_Q5_1:
+    case FMT_Q8_0:
+    case FMT_IQ4_NL: return encode_blocks;
+    default: return format_table[format].rows > 1 ? encode_tiles : NULL; /* NULL: decoded and run, not written */
     }
 }
 
@@ -87,10 +93,17 @@ uint16_t scale_to_half(float wish) {
     return float_to_half(copysignf(size, wish));
 }
 
+EXPORT int32_t rondel_format_encodes(const char *format) {
+    int index = format_find(format);
+    return index >= 0 && encoder_of(index) != NULL;
+}
+
 EXPORT int32_t rondel_encode(const char *format, const float *weights, const float *importance, int64_t rows, int64_t cols,
                              int32_t threads, void *packed) {
     struct encode_task task = {format_find(format), weights, NULL, rows, cols, packed};
     if (task.format < 0) return -1;
+    if (!encoder_of(task.format))
+        return set_error("rondel runs %s but does not write it: choose another format", format);
     if (rows < 1 || cols < 1 || format_bytes(task.format, rows, cols) < 0)
         return set_error("a matrix of %lld rows and %lld columns does not fit %s, whose rows are multiples of %d columns",
                          (long long)rows, (long long)cols, format, (int)format_table[task.format].columns);

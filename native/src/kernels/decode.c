@@ -1,9 +1,9 @@
 /* Packed weights back to floats, bit for bit as ggml's own reference decodes them. */
 #include <string.h>
 
+#include "codebooks.h"
 #include "error.h"
 #include "rondel.h"
-#include "unpack.h"
 
 typedef void (*unpack_32)(const void *block, struct unpacked_32 *out);
 typedef void (*unpack_256)(const void *block, struct unpacked_256 *out);
@@ -11,10 +11,14 @@ typedef void (*unpack_256)(const void *block, struct unpacked_256 *out);
 static const unpack_32 blocks_of_32[FMT_COUNT] = {
     [FMT_Q4_0] = unpack_q4_0, [FMT_Q4_1] = unpack_q4_1, [FMT_Q5_0] = unpack_q5_0,
     [FMT_Q5_1] = unpack_q5_1, [FMT_Q8_0] = unpack_q8_0, [FMT_IQ4_NL] = unpack_iq4_nl,
+    [FMT_MXFP4] = unpack_mxfp4,
 };
 static const unpack_256 blocks_of_256[FMT_COUNT] = {
     [FMT_Q2_K] = unpack_q2_k, [FMT_Q3_K] = unpack_q3_k, [FMT_Q4_K] = unpack_q4_k,
-    [FMT_Q5_K] = unpack_q5_k, [FMT_Q6_K] = unpack_q6_k,
+    [FMT_Q5_K] = unpack_q5_k, [FMT_Q6_K] = unpack_q6_k, [FMT_IQ4_XS] = unpack_iq4_xs,
+    [FMT_TQ1_0] = unpack_tq1_0, [FMT_TQ2_0] = unpack_tq2_0, [FMT_IQ1_S] = unpack_iq1_s,
+    [FMT_IQ1_M] = unpack_iq1_m, [FMT_IQ2_XXS] = unpack_iq2_xxs, [FMT_IQ2_XS] = unpack_iq2_xs,
+    [FMT_IQ2_S] = unpack_iq2_s, [FMT_IQ3_XXS] = unpack_iq3_xxs, [FMT_IQ3_S] = unpack_iq3_s,
 };
 
 static void decode_floats(int format, const uint8_t *row, int64_t cols, float *out) {

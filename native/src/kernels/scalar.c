@@ -129,23 +129,15 @@ static void butterfly(float *a, float *b, int64_t n) {
     }
 }
 
-#define TILE_ROWS(bits)                                        \
-    [FMT_U##bits##_64] = scalar_panel_u##bits##_64,            \
-    [FMT_U##bits##_128] = scalar_panel_u##bits##_128,          \
-    [FMT_U##bits##_256] = scalar_panel_u##bits##_256
-
 const struct kernels kernels_scalar = {
     .name = "scalar",
     .usable = usable,
     .pack = {[ACT_F32] = pack_f32, [ACT_F16] = pack_f16, [ACT_BF16] = pack_bf16, [ACT_Q8_0] = pack_q8_0,
              [ACT_Q8_1] = pack_q8_1, [ACT_Q8_K] = pack_q8_k, [ACT_TILE_64] = pack_tile_64,
              [ACT_TILE_128] = pack_tile_128, [ACT_TILE_256] = pack_tile_256},
-    .dot = {[FMT_F32] = dot_row_f32, [FMT_F16] = dot_row_f16, [FMT_BF16] = dot_row_bf16, [FMT_Q4_0] = scalar_dot_q4_0,
-            [FMT_Q4_1] = scalar_dot_q4_1, [FMT_Q5_0] = scalar_dot_q5_0, [FMT_Q5_1] = scalar_dot_q5_1,
-            [FMT_Q8_0] = scalar_dot_q8_0, [FMT_Q2_K] = scalar_dot_q2_k, [FMT_Q3_K] = scalar_dot_q3_k,
-            [FMT_Q4_K] = scalar_dot_q4_k, [FMT_Q5_K] = scalar_dot_q5_k, [FMT_Q6_K] = scalar_dot_q6_k,
-            [FMT_IQ4_NL] = scalar_dot_iq4_nl},
-    .panel = {TILE_ROWS(2), TILE_ROWS(4), TILE_ROWS(8)},
+    .dot = {[FMT_F32] = dot_row_f32, [FMT_F16] = dot_row_f16, [FMT_BF16] = dot_row_bf16, BLOCK_DOTS(scalar),
+            CODEBOOK_DOTS(scalar)},
+    .panel = {TILE_PANELS(scalar)},
     .dot_f32 = dot_f32,
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,

@@ -1,6 +1,6 @@
 /* The specification of ggml's block formats: integer sums within a scale, floats between scales. */
+#include "codebooks.h"
 #include "scalar.h"
-#include "unpack.h"
 
 static inline int32_t dot_codes(const int8_t *a, const int8_t *b, int n) {
     int32_t sum = 0;
@@ -33,9 +33,10 @@ DOT_32(q5_0, 0)
 DOT_32(q5_1, 1)
 DOT_32(q8_0, 0)
 DOT_32(iq4_nl, 0)
+DOT_32(mxfp4, 0)
 
 /* sum over blocks of (d dx) * sum_s scale_s sum(q x) - (dmin dx) * sum_s min_s sum(x), both sums in integers:
- * |sum| <= 256 * 63 * 31 * 127 < 2^31. */
+ * |sum| <= 256 * 63 * 31 * 127 for Q5_K, 256 * 128 * 32 * 127 for Q6_K, 256 * 32 * 127 * 127 for IQ4_XS: below 2^31. */
 static inline float dot_blocks_of_256(const uint8_t *row, const struct q8_k *x, int64_t cols, int bytes,
                                       void (*unpack)(const void *, struct unpacked_256 *)) {
     struct unpacked_256 block;
@@ -61,3 +62,13 @@ DOT_256(q3_k)
 DOT_256(q4_k)
 DOT_256(q5_k)
 DOT_256(q6_k)
+DOT_256(iq4_xs)
+DOT_256(tq1_0)
+DOT_256(tq2_0)
+DOT_256(iq1_s)
+DOT_256(iq1_m)
+DOT_256(iq2_xxs)
+DOT_256(iq2_xs)
+DOT_256(iq2_s)
+DOT_256(iq3_xxs)
+DOT_256(iq3_s)

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "blocks.h"
+#include "declare.h"
 
 int avx2_usable(void);   /* dispatch.c, which is compiled for every processor */
 int avx512_usable(void);
@@ -20,29 +21,11 @@ void avx2_pack_tile_64(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_128(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_256(const float *x, int64_t cols, void *packed);
 
-#define DECLARE_DOT(isa, name) float isa##_dot_##name(const void *row, const void *packed, int64_t cols);
-#define DECLARE_PANEL(isa, name) \
-    void isa##_panel_##name(const void *tiles, const void *packed, int64_t cols, float out[16]);
-#define DECLARE_KERNELS(isa)                                                                                     \
-    DECLARE_DOT(isa, q4_0) DECLARE_DOT(isa, q4_1) DECLARE_DOT(isa, q5_0) DECLARE_DOT(isa, q5_1)                  \
-    DECLARE_DOT(isa, q8_0) DECLARE_DOT(isa, iq4_nl) DECLARE_DOT(isa, q2_k) DECLARE_DOT(isa, q3_k)                \
-    DECLARE_DOT(isa, q4_k) DECLARE_DOT(isa, q5_k) DECLARE_DOT(isa, q6_k)                                         \
-    DECLARE_PANEL(isa, u2_64) DECLARE_PANEL(isa, u2_128) DECLARE_PANEL(isa, u2_256) DECLARE_PANEL(isa, u4_64)    \
-    DECLARE_PANEL(isa, u4_128) DECLARE_PANEL(isa, u4_256) DECLARE_PANEL(isa, u8_64) DECLARE_PANEL(isa, u8_128)   \
-    DECLARE_PANEL(isa, u8_256)
-DECLARE_KERNELS(avx2)
-DECLARE_KERNELS(avx512)
-
-/* The format columns of a table, for one instruction set. */
-#define BLOCK_DOTS(isa)                                                                                         \
-    [FMT_Q4_0] = isa##_dot_q4_0, [FMT_Q4_1] = isa##_dot_q4_1, [FMT_Q5_0] = isa##_dot_q5_0,                      \
-    [FMT_Q5_1] = isa##_dot_q5_1, [FMT_Q8_0] = isa##_dot_q8_0, [FMT_IQ4_NL] = isa##_dot_iq4_nl,                  \
-    [FMT_Q2_K] = isa##_dot_q2_k, [FMT_Q3_K] = isa##_dot_q3_k, [FMT_Q4_K] = isa##_dot_q4_k,                      \
-    [FMT_Q5_K] = isa##_dot_q5_k, [FMT_Q6_K] = isa##_dot_q6_k
-#define TILE_PANELS(isa)                                                                                        \
-    [FMT_U2_64] = isa##_panel_u2_64, [FMT_U2_128] = isa##_panel_u2_128, [FMT_U2_256] = isa##_panel_u2_256,      \
-    [FMT_U4_64] = isa##_panel_u4_64, [FMT_U4_128] = isa##_panel_u4_128, [FMT_U4_256] = isa##_panel_u4_256,      \
-    [FMT_U8_64] = isa##_panel_u8_64, [FMT_U8_128] = isa##_panel_u8_128, [FMT_U8_256] = isa##_panel_u8_256
+DECLARE_BLOCKS(avx2)
+DECLARE_CODEBOOKS(avx2)
+DECLARE_TILES(avx2)
+DECLARE_BLOCKS(avx512)
+DECLARE_TILES(avx512)
 
 static inline float half_at(const uint8_t bytes[2]) {
     uint16_t half;
