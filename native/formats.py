@@ -16,7 +16,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Format:
-    """One weight format: ggml type number (-1: ours), the columns a row is a multiple of, whether `encode` writes it."""
+    """One weight format: ggml type number (-1: ours), what a row is a multiple of, whether `encode` writes it."""
 
     name: str
     ggml_type: int
