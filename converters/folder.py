@@ -43,7 +43,7 @@ class Packed:
 def sha256_of(tensor: torch.Tensor) -> str:
     """The hash of a tensor's bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:

@@ -122,7 +122,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         """Hash every tensor once, one in memory at a time."""
         for name in self.names():
             if name not in self._hashed:
-                self._hashed[name] = sha256_of(self._factors if name == ROPE_FACTORS else self._raw(name))
+                self._hashed[name] = sha256_of(self.read(name) if name == ROPE_FACTORS else self._raw(name))
 
     def carried(self) -> dict[str, Any]:
         """The part of the manifest that the next stage's manifest starts from, with the source's hash filled in."""

@@ -98,6 +98,8 @@ def parse_specification(text: str, default_gate: float | None = None) -> Specifi
     told: dict[str, Any] = {}
     for option in fields[3:]:
         name, _, value = option.rpartition("=")
+        key: str
+        chosen: str | int | float
         if option in MERGES[1:]:
             key, chosen = "merge", option
         elif option in PARTS:
