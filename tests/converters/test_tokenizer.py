@@ -77,6 +77,24 @@ def test_ids_equal_llama_cpps_vectors(name: str) -> None:
         assert tokenizer.decode(expected) == text
 
 
+# What llama.cpp makes of marks, combining characters and spaces outside ASCII, recorded from its library.
+RECORDED = {
+    ("deepseek-llm", "\u00a0\u00a0\u3000x"): [100000, 10467, 88946, 87],
+    ("deepseek-llm", "a \u2028\u3000\u0085b"): [100000, 64, 207, 350, 101, 88946, 124, 214, 65],
+    ("llama-spm", "a \u2028\u3000\u0085b"): [1, 263, 29871, 31353, 30358, 197, 136, 29890],
+    ("llama-spm", "<|im_end|></s> x"): [1, 529, 29989, 326, 29918, 355, 29989, 29958, 2, 29871, 921],
+    ("llama-bpe", "a \u2028\u3000\u0085b"): [128000, 64, 639, 101, 23249, 116360, 65],
+    ("llama-bpe", "<|im_end|></s> x"): [128000, 27, 91, 318, 6345, 91, 1500, 82, 29, 865],
+    ("qwen2", "a \u2028\u3000\u0085b"): [64, 636, 101, 22441, 126, 227, 65],
+    ("qwen2", "<|im_end|></s> x"): [151645, 128247, 856],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), sorted(RECORDED))
+def test_ids_equal_recorded_ones(name: str, text: str) -> None:
+    assert tokenizer_of(name).encode(text, parse_special=True) == RECORDED[name, text]
+
+
 @pytest.mark.parametrize("name", ["llama-spm", "llama-bpe"])
 def test_stream_equals_whole_text_and_never_shows_half_a_character(name: str) -> None:
     tokenizer = tokenizer_of(name)
