@@ -138,8 +138,11 @@ def _sentencepiece(files: Mapping[str, Path], config: dict[str, Any], size: int)
     for text, token in read_json(files.get("added_tokens.json")).items():
         if not isinstance(token, int):
             raise RondelError(f"{files['added_tokens.json']}: token {text!r} has no number")
-        tokens.put(token, text, _ADDED_SCORE, TokenType.USER_DEFINED, files["added_tokens.json"])
-    _put_added(tokens, _added_tokens({}, config, where), where)
+        if token < size:
+            tokens.put(token, text, _ADDED_SCORE, TokenType.USER_DEFINED, files["added_tokens.json"])
+    # Many fine-tunes name a padding token that the model has no embedding for: left out, as by llama.cpp.
+    added = {token: named for token, named in _added_tokens({}, config, where).items() if token < size}
+    _put_added(tokens, added, where)
     return tokens, model.add_dummy_prefix
 
 

@@ -48,6 +48,16 @@ DEMO_KEYS = {
     "general.quantization_version": 2,
 }
 
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PEER_ROUNDING = 2e-3  # of the largest logit: llama.cpp keeps keys and values in float16
+
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     reader = gguf.GGUFReader(path)
@@ -390,3 +400,31 @@ def test_llama_cpp_loads_the_demo_model(tmp_path: Path) -> None:
     with Llama(path) as model:
         tokens = model.tokenize("Once upon a time, there was a little girl")
         assert len(model.greedy(tokens, 8)) == 8
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("family", "model", "split"),
+    [
+        ("llama", {"rope_parameters": LLAMA3_SCALING}, None),
+        ("llama", {"attention_bias": True, "head_dim": 32}, 40_000),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}, None),
+        ("qwen3", {"tied": True}, 30_000),
+    ],
+)
+def test_llama_cpp_computes_what_the_checkpoint_says(
+    tmp_path: Path, family: str, model: dict[str, Any], split: int | None
+) -> None:
+    """Biases, RoPE scaling, head sizes and splits reach llama.cpp: its logits are those of the float64 reference."""
+    from rondel.quant.reference import reference_logits
+    from tests.peer.llama import Llama, find_library
+
+    if find_library() is None:
+        pytest.skip("llama.cpp is not installed (extra `peer`)")
+    source = tiny(tmp_path / "model", family, **model)
+    paths = export(source, tmp_path / "f.gguf", ExportConfig(type="F32", split=split))
+    tokens = [3, 5, 7, 11, 13, 200, 40]
+    with Llama(paths[0], context=64, threads=1) as peer:
+        logits = peer.eval(tokens)
+    expected = reference_logits(source, torch.tensor(tokens)).numpy().reshape(logits.shape)
+    assert np.abs(logits - expected).max() <= PEER_ROUNDING * np.abs(expected).max()

@@ -297,6 +297,16 @@ def test_a_sentencepiece_model_without_the_first_space_says_so(tmp_path: Path) -
     assert keys[Keys.SCORES] == [0.0, -1.0, -10000.0]
 
 
+def test_added_tokens_that_the_model_has_no_embedding_for_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(("<unk>", 0.0, 2), ("a", -1.0, 1)))
+    (tmp_path / "added_tokens.json").write_text('{"<mark>": 2, "[PAD]": 3}')
+    decoder = {"2": {"content": "<mark>", "special": True}, "3": {"content": "[PAD]", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    keys = vocabulary_keys(files_of(tmp_path), 3, family="llama")
+    assert keys[Keys.TOKENS] == ["<unk>", "a", "<mark>"]
+    assert keys[Keys.TOKEN_TYPE] == [TokenType.UNKNOWN, TokenType.NORMAL, TokenType.CONTROL]
+
+
 def test_unigram_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece(("<unk>", 0.0, 2), kind=1))
     with pytest.raises(RondelError, match="unigram"):
