@@ -42,6 +42,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "README.md",  # the model card: its licence goes into the GGUF
 )
+SIZES = ("vocabulary", "context", "width", "layers", "hidden", "heads", "kv_heads", "head_dim")
 
 
 class Checkpoint(TensorFolder):
@@ -119,6 +120,9 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
         raise RondelError(f"{damaged} (family {manifest.get('family')!r}, rondel knows {', '.join(FAMILIES)})")
     try:
         numbers = Hyperparameters(**manifest["hyperparameters"])
+        sizes = [value for key, value in numbers.to_json().items() if key in SIZES]
+        if not all(type(size) is int and size > 0 for size in sizes) or numbers.layers > len(manifest["tensors"]):
+            raise ValueError(f"sizes {sizes}")
         for record in manifest.get("rotations", []):
             Rotation.from_json(record)
         shapes = canonical_shapes(family, replace(numbers, tied=True))

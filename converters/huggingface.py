@@ -201,6 +201,10 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     family = family_of(config, root / CONFIG)
     numbers = hyperparameters(config, root / CONFIG)
     weights = Weights(root)
+    if numbers.layers > len(weights.files):
+        raise RondelError(
+            f"{root / CONFIG}: num_hidden_layers is {numbers.layers}, the weights are only {len(weights.files)} tensors"
+        )
     numbers = replace(numbers, tied=_is_tied(numbers, weights))
     shapes = _with_biases(family, numbers, weights, always=config.get("attention_bias") is True)
     sources = _source_names(family, numbers)

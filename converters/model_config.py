@@ -11,7 +11,8 @@ from rondel.converters.families import FAMILIES
 from rondel.converters.family import Family, Hyperparameters
 
 CONFIG = "config.json"
-LARGEST_SIZE = 1 << 31  # of any dimension: more is a damaged file
+LARGEST_SIZE = 1 << 24  # of any dimension: more is a damaged file
+LARGEST_CONTEXT = 1 << 31  # tokens
 ROPE_TYPES = ("default", "linear", "llama3")
 ROPE_FIELDS = {
     "linear": ("factor",),
@@ -53,12 +54,12 @@ class _Config:
     def refuse(self, field: str, expected: str, got: Any) -> RondelError:
         return RondelError(f"{self.path}: {field} must be {expected}, got {got!r}")
 
-    def size(self, field: str, default: int | None = None) -> int:
+    def size(self, field: str, default: int | None = None, limit: int = LARGEST_SIZE) -> int:
         value = self.fields.get(field)
         if value is None:
             value = default
-        if type(value) is not int or not 0 < value < LARGEST_SIZE:
-            raise self.refuse(field, "a positive integer", value)
+        if type(value) is not int or not 0 < value < limit:
+            raise self.refuse(field, f"a positive integer below {limit}", value)
         return value
 
     def number(self, field: str, value: Any) -> float:
@@ -130,7 +131,7 @@ def hyperparameters(fields: dict[str, Any], path: Path) -> Hyperparameters:
     base, scaling = _rope(config)
     return Hyperparameters(
         vocabulary=config.size("vocab_size"),
-        context=config.size("max_position_embeddings"),
+        context=config.size("max_position_embeddings", limit=LARGEST_CONTEXT),
         width=width,
         layers=config.size("num_hidden_layers"),
         hidden=config.size("intermediate_size"),

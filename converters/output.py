@@ -71,7 +71,9 @@ class StageOutput:
     """
 
     def __init__(self, out: Path, stage: dict[str, Any], *, force: bool = False, beside: Sequence[str] = ()) -> None:
-        self.out = out
+        self.out = out = out if out.name not in ("", "..") else out.resolve()  # "." has no name to add to
+        if not out.name:
+            raise RondelError(f"{out}: is the root of the disk; choose another -o")
         self.beside = tuple(beside)
         self.stage = json.loads(json.dumps(stage))
         self.partial = out.with_name(out.name + ".partial")

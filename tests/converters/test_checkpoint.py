@@ -98,6 +98,8 @@ def test_packed_and_float_tensors_are_told_apart(tmp_path: Path) -> None:
         (lambda m: m.update(kind="stats"), "a model is needed here"),
         (lambda m: m.update(family="mamba"), "'mamba', rondel knows llama"),
         (lambda m: m.update(hyperparameters={"width": 1}), "damaged.*TypeError"),
+        (lambda m: m["hyperparameters"].update(layers=1 << 40), "damaged.*sizes"),
+        (lambda m: m["hyperparameters"].update(head_dim="16"), "damaged.*sizes"),
         (lambda m: m.update(rotations=[{"turn": 1}]), "damaged"),
         (lambda m: m.update(tensors=[]), "tensors must be an object"),
         (lambda m: m.update(stages=["quantize"]), "stages must be a list of records"),

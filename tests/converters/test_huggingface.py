@@ -233,6 +233,7 @@ def test_buffers_that_readers_compute_are_ignored(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 1 << 22}, "num_hidden_layers is 4194304, the weights are only 21 tensors"),
         ({"head_dim": 15}, "head_dim must be even"),
         ({"hidden_size": ...}, "hidden_size"),
         ({"hidden_size": 128, "head_dim": 16}, r"model\.embed_tokens\.weight has the shape \[288, 64\].*\[288, 128\]"),

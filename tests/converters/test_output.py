@@ -252,6 +252,15 @@ def test_what_no_stage_made_is_left_alone(tmp_path: Path) -> None:
     assert (other / "thesis.txt").exists()
 
 
+def test_the_working_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_stage(Path())
+    assert (tmp_path / "here" / MANIFEST).is_file()
+    with pytest.raises(RondelError, match="root of the disk"):
+        StageOutput(Path("/"), STAGE)
+
+
 def test_a_finished_output_that_was_damaged_is_made_again_by_force(tmp_path: Path) -> None:
     run_stage(tmp_path / "out")
     before = contents(tmp_path / "out")
