@@ -69,7 +69,7 @@ def measure(
 
             decode.append(generate / _seconds(generated))
         progress(repeat, repeat, "bench")
-        told = {
+        told: dict[str, Any] = {
             "file": str(path),
             "threads": session.threads,
             "isa": instruction_set(),

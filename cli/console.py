@@ -64,9 +64,9 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
 
         def show(done: int, total: int, what: str) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task(what, total=total)
             bar.update(task, completed=done, total=total, description=what)
 
         yield show

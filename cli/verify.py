@@ -75,7 +75,7 @@ def verify_file(path: Path, manifest: Path | None, progress: Progress) -> tuple[
                 converted += 1  # F32 to F16, say: other bytes, by intention
             known = {where: sha256 for where, sha256 in expected.items() if sha256 is not None}
             if known:
-                found = hashlib.sha256(file.data(tensor)).hexdigest()
+                found = hashlib.sha256(file.data(tensor).data).hexdigest()
                 hashes += len(known)
                 failures += [
                     f"{tensor.name}: its bytes differ from {where}" for where in known if known[where] != found
@@ -96,7 +96,7 @@ def _recorded_hashes(file: File, failures: list[str]) -> dict[str, str]:
     from rondel.converters.gguf_keys import Rondel
     from rondel.converters.gguf_reader import GgufFile
 
-    hashes = {}
+    hashes: dict[str, str] = {}
     for number, shard in enumerate(file.shards):
         joined = GgufFile(Path(shard)).keys.get(Rondel.TENSOR_SHA256)
         names = [tensor.name for tensor in file.tensors if tensor.shard == number]

@@ -86,6 +86,14 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert [line.split("#")[0].strip() for line in first.strip().splitlines()] == ["make demo", "make test"]
 
 
+def test_the_readme_chain_is_valid() -> None:
+    lines = [line[2:] for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("$ rondel ")]
+    assert [line.split()[1] for line in lines] == list(COMMANDS)[:6]
+    for line in lines:
+        _, verb, *arguments = shlex.split(line)
+        load_command(verb).make_context(verb, arguments)
+
+
 def _readme_python() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
 
