@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -16,6 +16,7 @@ from rondel.converters.rotation import Rotation
 
 # A base matrix is applied densely: its order is its cost in additions an element. Past this, blocks are better value.
 MAX_BASE_ORDER = 256
+SYLVESTER_LOG2 = 5  # of a dense factor of the power of two
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,26 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     plan = hadamard_plan(block)
     assert plan is not None, f"no Hadamard matrix of order {block}"
     assert x.shape[-1] % block == 0, f"blocks of {block} do not divide {x.shape[-1]} channels"
-    shape = x.shape
-    y = x.reshape(-1, block)
-    inner = block
-    for order in plan.bases:
-        inner //= order
-        matrix = base_matrix(order).to(x.dtype).to(x.device)
-        y = torch.einsum("ij,bjk->bik", matrix, y.reshape(-1, order, inner))
-    while inner > 1:
-        inner //= 2
-        pairs = y.reshape(-1, 2, inner)
-        a, b = pairs[:, 0], pairs[:, 1]
-        y = torch.stack((a + b, a - b), dim=1)
-    return y.reshape(shape) / block**0.5
+    y, inner = x, block
+    for factor in (*(base_matrix(order) for order in plan.bases), *_sylvester_factors(plan.log2)):
+        inner //= len(factor)
+        matrix = factor.to(x.device, x.dtype)
+        # The last factor runs along adjacent channels: one product of two matrices instead of many small ones.
+        y = matrix @ y.reshape(-1, len(factor), inner) if inner > 1 else y.reshape(-1, len(factor)) @ matrix.T
+    return y.reshape(x.shape) / block**0.5
+
+
+@cache
+def _sylvester_factors(log2: int) -> tuple[torch.Tensor, ...]:
+    """Sylvester 2^log2 as Kronecker factors of at most 2^SYLVESTER_LOG2, int8: dense products outrun butterflies here."""
+    if log2 == 0:
+        return ()
+    step = min(log2, SYLVESTER_LOG2)
+    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    factor = two
+    for _ in range(step - 1):
+        factor = torch.kron(factor, two)
+    return (factor, *_sylvester_factors(log2 - step))
 
 
 def random_signs(size: int, seed: int, site: str) -> str:
@@ -152,8 +160,9 @@ def pack_signs(signs: torch.Tensor) -> str:
     return bytes(packed).hex()
 
 
+@lru_cache(maxsize=16)  # a stage asks for the same few signs once a chunk
 def unpack_signs(signs: str, size: int) -> torch.Tensor:
-    """The signs of a record as +1 and -1, (size,) float64."""
+    """The signs of a record as +1 and -1, (size,) float64; not to be written to."""
     packed = bytes.fromhex(signs)
     assert len(packed) == (size + 7) // 8, f"{len(packed)} bytes of signs for {size} channels"
     bits = torch.tensor([packed[i // 8] >> i % 8 & 1 for i in range(size)], dtype=torch.float64)

@@ -49,17 +49,17 @@ class RotateConfig:
     hidden: int | Literal["none", "full"] = "none"  # R4: block size; executed by the runtime, target rondel only
     kind: Literal["hadamard"] = "hadamard"
     seed: int = 0
-    target: Literal["llama.cpp", "rondel"] | None = None  # None: what an earlier stage fixed, else llama.cpp
+    target: Literal["llama.cpp", "rondel"] | None = None  # None: what an earlier stage fixed, else open
 
 
-def resolved_target(source: Checkpoint, config: RotateConfig) -> str:
-    """The target that the output's manifest records."""
+def resolved_target(source: Checkpoint, config: RotateConfig) -> str | None:
+    """The target that the output's manifest records; fused rotations alone leave it open (None)."""
     fixed = source.manifest.get("target")
     if fixed and config.target and fixed != config.target:
         raise RondelError(
             f"{source.root}: an earlier stage fixed the target {fixed}; --target {config.target} is too late"
         )
-    return config.target or fixed or "llama.cpp"
+    return config.target or fixed
 
 
 def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
@@ -135,7 +135,7 @@ def _check_hidden(source: Checkpoint, config: RotateConfig) -> None:
     target = resolved_target(source, config)
     if target != "rondel":
         raise RondelError(
-            f"the rotation of the hidden layer runs online, which {target} cannot do; use --target rondel"
+            f"the rotation of the hidden layer runs online, which {target or 'llama.cpp'} cannot do; --target rondel can"
         )
     size = source.numbers.hidden
     if config.hidden == "full":
@@ -285,6 +285,7 @@ def rotate(
     quantize finds them. Raises RondelError for a rotated or quantized model and for what the family does not allow.
     """
     rotations = validate(source, config, stats)
+    target = resolved_target(source, config)
     record = stage_record("rotate", config, source=source, stats=stats)
     output = StageOutput(out, record, force=force, beside=(MOVED,))
     if output.finished:
@@ -308,7 +309,7 @@ def rotate(
             **carried["hyperparameters"],
             "tied": carried["hyperparameters"]["tied"] and not config.residual,
         },
-        "target": resolved_target(source, config),
+        **({"target": target} if target else {}),
         "rotations": [rotation.to_json() for rotation in rotations],
         "stages": [*source.stages, record],
     }

@@ -120,7 +120,7 @@ def test_gains_are_ones_and_the_head_is_its_own(tmp_path):
     assert OUTPUT in rotated
     assert not rotated.numbers.tied
     assert not torch.equal(rotated.read(OUTPUT), rotated.read("token_embd.weight"))
-    assert rotated.manifest["target"] == "llama.cpp"
+    assert "target" not in rotated.manifest  # fused rotations run everywhere
     assert rotated.stages[-1]["name"] == "rotate"
     heads_only = rotate(source, tmp_path / "heads", RotateConfig(residual=False))
     assert OUTPUT not in heads_only
@@ -130,6 +130,7 @@ def test_gains_are_ones_and_the_head_is_its_own(tmp_path):
 def test_online_rotation_is_left_to_the_runtime(tmp_path):
     source = model("llama", tmp_path)
     rotated = rotate(source, tmp_path / "rotated", ROTATIONS["hidden"])
+    assert rotated.manifest["target"] == "rondel"
     (record,) = rotated.rotations
     assert (record.site, record.online, record.size, record.block) == ("hidden", True, 80, 80)
     undone = Patched(rotated, {}, rotations=[])
@@ -189,6 +190,8 @@ def test_refusals(tmp_path, monkeypatch):
         rotate(source, out, RotateConfig(hidden=172, target="rondel"))
     with pytest.raises(RondelError, match="nothing to rotate"):
         rotate(source, out, RotateConfig(residual=False, heads=False))
+    with pytest.raises(RondelError, match="too late"):
+        rotate(Patched(source, {}, target="rondel"), out, RotateConfig(target="llama.cpp"))
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
     rotated = rotate(source, out, RotateConfig())
