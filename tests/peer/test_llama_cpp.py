@@ -14,8 +14,9 @@ from llama import Llama, find_library
 from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.export import ExportConfig, export
 from rondel.converters.stats import Stats
-from rondel.native import File, Model, Session
+from rondel.native import Model, Session
 from rondel.quant.calibrate import CalibrateConfig, calibrate
+from rondel.quant.perplexity import perplexity, windows
 from rondel.quant.quantize import QuantizeConfig, quantize
 
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "tests" / "models" / "stories-4m"
-CALIBRATION = ROOT / "configs" / "demo.txt"
+CALIBRATION = ROOT / "tests" / "models" / "stories.txt"
 CONTEXT = 256
 PERPLEXITY_TOLERANCE = 0.005  # relative: activations are rounded alike, sums are added in another order
 GREEDY_TOKENS = 64
@@ -59,13 +60,15 @@ def rondel_greedy(model: Model, prompt: list[int], count: int) -> list[int]:
 
 
 def rondel_nll(model: Model, tokens: list[int]) -> float:
-    from rondel.quant.perplexity import perplexity
-
-    with File(model.path) as file:
-        keys = dict(file.keys)
     session = Session(model, context=CONTEXT, threads=2)
-    bos = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
-    return perplexity(lambda window: session.eval(window, position=0, all=True), tokens, CONTEXT, bos=bos).nll
+    keys = model.file.keys
+    begin = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
+    told = perplexity(
+        windows(tokens, CONTEXT),
+        lambda window, first: session.eval(window, position=0, all=True)[first:],
+        begin=begin,
+    )
+    return float(told["nll"])
 
 
 def test_greedy_text_is_the_same(gguf: Path) -> None:
