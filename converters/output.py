@@ -173,6 +173,7 @@ class StageOutput:
         temporary = self.partial / f"{file}.tmp"
         with writing(self.partial / file):
             save_file(raw, temporary)
+            shutil.copymode(self.partial / JOURNAL, temporary)  # safetensors keeps its files from everybody else
             sync(temporary)
             temporary.replace(self.partial / file)
         self._journal(shard, entries, result)

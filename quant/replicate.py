@@ -215,13 +215,14 @@ def plan(source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | None
     if built is None:
         return {"layers": [], "steps": numbers.layers, "kv_slots": numbers.layers, "notes": [NOTHING_CHOSEN]}
     chosen = [one for ones in _specifications(config, numbers.layers).values() for one in ones]
+    part_names = {bits: name for name, bits in PARTS.items()}
     notes = [
         f"layer {one.layer}: these parallel copies are algebraically redundant, they fold into one gain of the layer"
         for one in chosen
         if redundant(one)
     ]
     return {
-        "layers": [asdict(one) for one in chosen],
+        "layers": [asdict(one) | {"parts": part_names[one.parts]} for one in chosen],
         "steps": len(built.steps),
         "kv_slots": built.slots(),
         "parameter_bytes": sum(2 * values.size for parameters in built.sets for values in parameters.values()),

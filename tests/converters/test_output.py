@@ -308,6 +308,13 @@ def test_tensors_that_do_not_change_are_linked(tmp_path: Path) -> None:
     assert torch.equal(taken.read("blk-00000.a"), source.read("blk-00000.a"))
 
 
+def test_files_are_as_readable_as_the_user_s_others(tmp_path: Path) -> None:
+    run_stage(tmp_path / "out")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {expected}
+
+
 def test_the_manifest_names_no_place_on_this_machine(tmp_path: Path) -> None:
     run_stage(tmp_path / "out")
     text = (tmp_path / "out" / MANIFEST).read_text()

@@ -171,6 +171,10 @@ def test_the_hash_binds_the_parameters_to_the_replicated_layers(tmp_path: Path) 
 def test_the_plan_tells_what_would_be_written(source: Checkpoint) -> None:
     told = json.loads(json.dumps(plan(source, ReplicateConfig(("1:serial:1:gain=2", "0:parallel:1:mean")))))
     assert (told["steps"], told["kv_slots"]) == (5, 4)
+    assert {(layer["layer"], layer["mode"], layer["parts"]) for layer in told["layers"]} == {
+        (0, "parallel", "block"),
+        (1, "serial", "block"),
+    }
     assert told["parameter_bytes"] == 2 * (2 + 2 + 2 * source.numbers.width)
     assert told["notes"] == [
         "layer 0: these parallel copies are algebraically redundant, they fold into one gain of the layer"
