@@ -23,8 +23,7 @@ from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
-from rondel.native.formats import Bytes, Floats, decode, encode, format_bytes
-from rondel.native.library import NativeError
+from rondel.native.formats import Bytes, Floats, NativeError, decode, encode, format_bytes
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.mixtures import (
     Choice,
