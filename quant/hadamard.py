@@ -127,7 +127,7 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
 
 @cache
 def _sylvester_factors(log2: int) -> tuple[torch.Tensor, ...]:
-    """Sylvester 2^log2 as Kronecker factors of at most 2^SYLVESTER_LOG2, int8: dense products outrun butterflies here."""
+    """Sylvester 2^log2 as factors of at most 2^SYLVESTER_LOG2, int8: dense products outrun butterflies here."""
     if log2 == 0:
         return ()
     step = min(log2, SYLVESTER_LOG2)

@@ -135,7 +135,8 @@ def _check_hidden(source: Checkpoint, config: RotateConfig) -> None:
     target = resolved_target(source, config)
     if target != "rondel":
         raise RondelError(
-            f"the rotation of the hidden layer runs online, which {target or 'llama.cpp'} cannot do; --target rondel can"
+            "the rotation of the hidden layer runs online, which only the rondel target can do; "
+            f"use --target rondel or leave it out (the target is {target or 'llama.cpp'})"
         )
     size = source.numbers.hidden
     if config.hidden == "full":

@@ -18,7 +18,8 @@ from rondel.converters.output import StageOutput
 from rondel.converters.stats import Stats, open_stats, site_tensor
 from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
 from rondel.quant.reference import reference_logits
-from rondel.quant.rotate import RotateConfig, Rotator, plan, rotate, validate
+from rondel.quant.rotate import RotateConfig, Rotator, plan, rotate
+from rondel.quant.rotated_view import RotatedView
 from rondel.quant.workers import Workers
 from tests.tiny import tiny_model
 
@@ -78,16 +79,6 @@ class Patched(Checkpoint):
         return self._replaced[name] if name in self._replaced else self._source.read(name)
 
 
-def exactly_rotated(source: Checkpoint, config: RotateConfig) -> Patched:
-    """What rotate would write if it stored float64."""
-    rotations = validate(source, config)
-    names = [*source.names(), *([OUTPUT] if config.residual and OUTPUT not in source else [])]
-    with Workers(1) as workers:
-        rotator = Rotator(source, rotations, workers, dtype=torch.float64)
-        tensors = {name: rotator.tensor(name) for name in names}
-    return Patched(source, tensors, rotations=[rotation.to_json() for rotation in rotations])
-
-
 def rotated_weights(source: Checkpoint, rotation: str) -> list[str]:
     """Weights that a rotation must have changed."""
     roles = {
@@ -104,7 +95,7 @@ def rotated_weights(source: Checkpoint, rotation: str) -> list[str]:
 def test_rotated_model_computes_the_same_function(name, rotation, tmp_path):
     source, config = model(name, tmp_path), ROTATIONS[rotation]
     expected = reference_logits(source, TOKENS)
-    assert difference(reference_logits(exactly_rotated(source, config), TOKENS), expected) < EXACT
+    assert difference(reference_logits(RotatedView(source, config), TOKENS), expected) < EXACT
     rotated = rotate(source, tmp_path / "rotated", config)
     assert difference(reference_logits(rotated, TOKENS), expected) < STORED_F32
     assert difference(reference_logits(rotated, TOKENS, torch.float32), expected) < FLOAT32
@@ -143,7 +134,7 @@ def test_online_rotation_is_left_to_the_runtime(tmp_path):
     assert difference(turned, hidden @ source.read_float(name, torch.float64).T) < STORED_F32
 
 
-def broken(source: Checkpoint, rotated: Patched, what: str) -> dict[str, torch.Tensor]:
+def broken(source: Checkpoint, rotated: Checkpoint, what: str) -> dict[str, torch.Tensor]:
     """Tensors of a rotated model as they would be had one step been forgotten."""
     heads = next(rotation for rotation in rotated.rotations if rotation.site == "heads")
     residual = next(rotation for rotation in rotated.rotations if rotation.site == "residual")
@@ -173,7 +164,7 @@ def broken(source: Checkpoint, rotated: Patched, what: str) -> dict[str, torch.T
 @pytest.mark.parametrize("what", ["v bias", "final gain", "centred embedding", "group mapping"])
 def test_the_oracle_notices_a_forgotten_step(what, tmp_path):
     source = model("llama", tmp_path)
-    rotated = exactly_rotated(source, RotateConfig())
+    rotated = RotatedView(source, RotateConfig())
     tensors = {**{name: rotated.read(name) for name in rotated.names()}, **broken(source, rotated, what)}
     spoiled = Patched(rotated, tensors)
     assert difference(reference_logits(spoiled, TOKENS), reference_logits(source, TOKENS)) > BROKEN

@@ -1,0 +1,34 @@
+"""Owns a rotated model that is computed when it is read: exact in float64, nothing on disk.
+
+What a rotation does can be measured with it before anything is written; a folder that rotate writes holds F32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.family import OUTPUT
+from rondel.quant.rotate import RotateConfig, Rotator, validate
+from rondel.quant.workers import Workers
+
+
+class RotatedView(Checkpoint):
+    """`source` after the rotations of `config`, float64 tensors; the same function to 1e-10 of the largest logit."""
+
+    def __init__(self, source: Checkpoint, config: RotateConfig) -> None:
+        rotations = validate(source, config)
+        tensors = dict(source.manifest["tensors"])
+        if config.residual and OUTPUT not in source:
+            tensors[OUTPUT] = tensors[source.head()]
+        records = [rotation.to_json() for rotation in rotations]
+        numbers = {**source.manifest["hyperparameters"], "tied": OUTPUT not in tensors}
+        changes = {"tensors": tensors, "rotations": records, "hyperparameters": numbers}
+        super().__init__(source.root, {**source.manifest, **changes})
+        self._view_of, self._applied = source, rotations
+
+    def read(self, name: str) -> torch.Tensor:
+        """A rotated tensor, float64."""
+        self.info(name)
+        with Workers() as workers:
+            return Rotator(self._view_of, self._applied, workers, dtype=torch.float64).tensor(name)
