@@ -6,7 +6,6 @@ one thread and windows are added in their order, so the bytes do not depend on t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +20,18 @@ from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
 from rondel.converters.folder import read_manifest, read_tensor
 from rondel.converters.huggingface import huggingface_block, huggingface_config
 from rondel.converters.imatrix import write_imatrix
-from rondel.converters.journal import sync
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
 from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
+from rondel.quant.hidden_states import FLOAT32_BYTES, HiddenStates
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import Workers
 
 IMATRIX = "imatrix.gguf"  # in the output folder: the same statistics for llama-quantize
 HIDDEN_STATES = "hidden-states"  # the folder for them, while calibrate runs
 STATES_IN_MEMORY = 2 << 30  # bytes of hidden states kept in memory; more go to a file
-FLOAT32_BYTES = 4
 GROUP = 8  # windows between two additions to the sums, or more where there are more threads
 
 
@@ -80,53 +78,6 @@ class _Layers:
         module = self._skeleton.norm
         module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
         return module
-
-
-class HiddenStates:
-    """The residual stream of all windows (windows, context, width) F32 before some layer.
-
-    On disk there is one file a layer, so that an interrupted layer can start again, and two at most at any time.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], folder: Path, budget: int) -> None:
-        self.shape = shape
-        self.folder = folder
-        self.elements = shape[0] * shape[1] * shape[2]
-        self.on_disk = self.elements * FLOAT32_BYTES > budget
-        self._memory = None if self.on_disk else torch.empty(shape)
-
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"before-{layer:05d}"
-
-    def before(self, layer: int) -> torch.Tensor:
-        """The states that `layer` reads. In memory there is one tensor, which every window overwrites in its place."""
-        if self._memory is not None:
-            return self._memory
-        path = self._path(layer)
-        if not self.kept(layer):
-            self.folder.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                file.truncate(self.elements * FLOAT32_BYTES)
-        states = torch.from_file(str(path), shared=True, size=self.elements, dtype=torch.float32)
-        return states.reshape(self.shape)
-
-    def kept(self, layer: int) -> bool:
-        """Whether an earlier run left the states before `layer` on disk."""
-        path = self._path(layer)
-        return self.on_disk and path.is_file() and path.stat().st_size == self.elements * FLOAT32_BYTES
-
-    def sync(self, layer: int) -> None:
-        """Make the states before `layer` safe on disk."""
-        if self.on_disk:
-            sync(self._path(layer))
-
-    def drop(self, layer: int) -> None:
-        """The states before `layer` are no longer needed."""
-        self._path(layer).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Delete what is left on disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class _Run:

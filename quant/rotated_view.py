@@ -9,7 +9,8 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
-from rondel.quant.rotate import RotateConfig, Rotator, validate
+from rondel.quant.rotate import RotateConfig, validate
+from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 
 

@@ -18,8 +18,9 @@ from rondel.converters.output import StageOutput
 from rondel.converters.stats import Stats, open_stats, site_tensor
 from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
 from rondel.quant.reference import reference_logits
-from rondel.quant.rotate import RotateConfig, Rotator, plan, rotate
+from rondel.quant.rotate import RotateConfig, plan, rotate
 from rondel.quant.rotated_view import RotatedView
+from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 from tests.tiny import tiny_model
 
