@@ -89,7 +89,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._hashed: dict[str, str] = {}
 
     def _raw(self, name: str) -> torch.Tensor:
-        return self._weights.read(self._sources[name])
+        """A tensor as it is stored; NaN and infinity are refused."""
+        if name == ROPE_FACTORS:
+            assert self._factors is not None
+            return self._factors.clone()
+        source = self._sources[name]
+        raw = self._weights.read(source)
+        if not bool(torch.isfinite(raw).all()):
+            bad = int((~torch.isfinite(raw)).sum())
+            raise RondelError(
+                f"{self.root / self._weights.files[source]}: tensor {source} holds {bad} NaN or infinite values; "
+                "the checkpoint is damaged, download it again"
+            )
+        return raw
 
     def info(self, name: str) -> TensorInfo:
         """Shape, format and place of a tensor, with the hash of its bytes as stored once they were hashed."""
@@ -98,17 +110,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in canonical row order, as precise as it is stored; NaN and infinity are refused."""
-        info = self.info(name)
-        if name == ROPE_FACTORS:
-            assert self._factors is not None
-            return self._factors.clone()
+        self.info(name)  # refuses an unknown name
         raw = self._raw(name)
-        if not bool(torch.isfinite(raw).all()):
-            bad = int((~torch.isfinite(raw)).sum())
-            raise RondelError(
-                f"{self.root / info.shard}: tensor {self._sources[name]} holds {bad} NaN or infinite values; "
-                "the checkpoint is damaged, download it again"
-            )
         turned = self._turned(name)
         if turned is None:
             return raw.contiguous()
@@ -119,10 +122,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self.manifest["tensors"][name].get("turned")
 
     def _hash(self) -> None:
-        """Hash every tensor once, one in memory at a time."""
+        """Hash every tensor once, one in memory at a time; a stage does so before it writes anything."""
         for name in self.names():
             if name not in self._hashed:
-                self._hashed[name] = sha256_of(self.read(name) if name == ROPE_FACTORS else self._raw(name))
+                self._hashed[name] = sha256_of(self._raw(name))
 
     def carried(self) -> dict[str, Any]:
         """The part of the manifest that the next stage's manifest starts from, with the source's hash filled in."""

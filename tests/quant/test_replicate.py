@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
@@ -112,6 +114,16 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(RondelError, match=sentence):
         plan(source, config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_is_no_number_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path / "m", vocabulary=64)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(RondelError, match=r"model\.norm\.weight holds 1 NaN"):
+        replicate(open_checkpoint(folder), tmp_path / "out", ReplicateConfig())
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # ---- the folder ----
