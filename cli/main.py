@@ -36,7 +36,7 @@ HELP_WIDTH = 100  # characters: help is read in terminals and pasted into README
 # Operating system errors that a user can cause; all others are bugs.
 USER_CAUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
-FAILED, BROKEN_PIPE = 1, 141
+FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
 
 
 class Commands(TyperGroup):
@@ -120,6 +120,8 @@ def main() -> None:
             app(prog_name="rondel")
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:  # between two commands of Python; inside a command Typer does the same
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader has enough, as in `rondel inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)

@@ -71,6 +71,11 @@ def test_errors_of_the_user_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr() == ("", "error: out: Permission denied\n")
 
 
+def test_an_interrupt_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main_with(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from rondel.cli import main
 
