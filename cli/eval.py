@@ -142,7 +142,8 @@ def _read(path: Path) -> str:
 def _writer(path: Path, cut: NDArray[np.int32], vocabulary: int) -> LogitsWriter:
     from rondel.converters.logits import LogitsWriter, file_bytes
 
-    needed = file_bytes(*cut.shape, vocabulary)
+    count, context = cut.shape
+    needed = file_bytes(count, context, vocabulary)
     if path.absolute().parent.is_dir():
         free = shutil.disk_usage(path.absolute().parent).free
         if needed > free:
