@@ -19,13 +19,18 @@ LONGEST_CELL = 160  # characters of a value: a chat template is not read in a ta
 LOG_INTERVAL = 5.0  # seconds between two progress lines in a log
 
 
+def printable(text: str) -> str:
+    """Text of a file that may be hostile, with control characters escaped: it cannot drive the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def error(sentence: str) -> None:
     """One line on standard error, "error: ..." in red where there is a terminal that shows colours."""
     from rich.console import Console
     from rich.text import Text
 
     # soft_wrap: one error is one line for grep, whatever the width of the terminal.
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), sentence))
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), printable(sentence)))
 
 
 def warn(sentence: str) -> None:
@@ -33,7 +38,7 @@ def warn(sentence: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "yellow"), sentence))
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "yellow"), printable(sentence)))
 
 
 class _LogLines:
@@ -75,7 +80,10 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 def result(told: dict[str, Any], text: str, *, as_json: bool, quiet: bool = False) -> None:
     """Print a command's result: the JSON object alone, or the text, or nothing."""
     if as_json:
-        print(json.dumps(told, ensure_ascii=False))
+        encoding = sys.stdout.encoding or "ascii"
+        text = json.dumps(told, ensure_ascii=encoding.lower() not in ("utf-8", "utf8"))
+        # Bytes of a file that are not UTF-8 arrive as lone surrogates; "\\udc80" is what JSON calls them too.
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
     elif not quiet:
         print(text)
 
@@ -112,16 +120,16 @@ def _records(title: str, records: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return printable(", ".join(map(str, value))) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value) if value != {} and value is not None else "none"
+    text = printable(str(value)) if value != {} and value is not None else "none"
     return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]!r}... ({len(text)} characters)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows under a head, columns aligned: numbers right, the rest left. Plain text, so that it pipes well."""
-    cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:.6g}" if isinstance(cell, float) else printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(head), *cells]) for column in range(len(head))]
     right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
 
