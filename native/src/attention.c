@@ -33,7 +33,10 @@ void attention_head(const struct kv *kv, int slot, int kv_head, int count, float
         for (int64_t i = 0; i < dim; i++) rounded[i] = float_to_half(query[i]);
         for (int p = 0; p < count; p++) scores[p] = kernels->dot_f16(rounded, keys + p * dim, dim) * scale;
         softmax(scores, count);
-        for (int p = 0; p < count; p++) kernels->axpy_f16(out, scores[p], values + p * dim, dim);
+        /* So does it with the weights of the values: with both, quantized logits agree with it to the last bits
+         * until a rounding of activations tips over; without, they only agree within the error of that rounding. */
+        for (int p = 0; p < count; p++)
+            kernels->axpy_f16(out, half_to_float(float_to_half(scores[p])), values + p * dim, dim);
     } else {
         const float *keys = kv_keys(kv, slot, kv_head), *values = kv_values(kv, slot, kv_head);
         for (int p = 0; p < count; p++) scores[p] = kernels->dot_f32(query, keys + p * dim, dim) * scale;
