@@ -1,4 +1,4 @@
-"""Owns the residual stream of all calibration windows between two layers: in memory, or in files where it is too big."""
+"""Owns the residual stream of all calibration windows between two layers: in memory, or in files where it is big."""
 
 from __future__ import annotations
 
