@@ -11,43 +11,60 @@ static inline __m256i signed_products(__m256i codes, const int8_t *x) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-static inline __m256i codes_q4_0(const struct q4_0 *q) {
-    return _mm256_sub_epi8(nibbles_32(q->codes), _mm256_set1_epi8(8));
+static inline __m256i codes_q4_0(const void *block) {
+    return _mm256_sub_epi8(nibbles_32(((const struct q4_0 *)block)->codes), _mm256_set1_epi8(8));
 }
-static inline __m256i codes_q4_1(const struct q4_1 *q) { return nibbles_32(q->codes); }
-static inline __m256i codes_q5_0(const struct q5_0 *q) {
+static inline __m256i codes_q4_1(const void *block) { return nibbles_32(((const struct q4_1 *)block)->codes); }
+static inline __m256i codes_q5_0(const void *block) {
+    const struct q5_0 *q = block;
     return _mm256_sub_epi8(fives_32(q->codes, q->high), _mm256_set1_epi8(16));
 }
-static inline __m256i codes_q5_1(const struct q5_1 *q) { return fives_32(q->codes, q->high); }
-static inline __m256i codes_q8_0(const struct q8_0 *q) { return load_256(q->codes); }
-static inline __m256i codes_iq4_nl(const struct iq4_nl *q) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(iq4_levels)), nibbles_32(q->codes));
+static inline __m256i codes_q5_1(const void *block) {
+    const struct q5_1 *q = block;
+    return fives_32(q->codes, q->high);
+}
+static inline __m256i codes_q8_0(const void *block) { return load_256(((const struct q8_0 *)block)->codes); }
+static inline __m256i codes_iq4_nl(const void *block) {
+    __m256i levels = _mm256_broadcastsi128_si256(load_128(iq4_levels));
+    return _mm256_shuffle_epi8(levels, nibbles_32(((const struct iq4_nl *)block)->codes));
 }
 
-#define DOT_32(name, MIN)                                                                      \
-    float avx2_dot_##name(const void *row, const void *packed, int64_t cols) {                 \
-        const struct name *w = row;                                                            \
-        const int8_t *quants = packed;                                                         \
-        const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);          \
-        __m256 total = _mm256_setzero_ps();                                                    \
-        float mins = 0;                                                                        \
-        for (int64_t i = 0; i < cols / 32; i++) {                                              \
-            __m256i sum = signed_products(codes_##name(w + i), quants + 32 * i);               \
-            __m256 scale = _mm256_set1_ps(half_at(w[i].scale) * scales[i]);                    \
-            total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), total);                    \
-            MIN(i);                                                                            \
-        }                                                                                      \
-        (void)sums;                                                                            \
-        return sum_of_floats(total) + mins;                                                    \
+/* Eight blocks at a time, whose scales are converted together; then what is left. A minimum follows the scale. */
+static inline float dot_blocks_of_32(const uint8_t *row, const void *packed, int64_t cols, int bytes, int with_min,
+                                     __m256i (*codes)(const void *block)) {
+    const int8_t *quants = packed;
+    const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);
+    __m256 totals[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, mins = _mm256_setzero_ps();
+    int64_t blocks = cols / 32, i = 0;
+    for (; i + 8 <= blocks; i += 8) {
+        __m256i heads = heads_of_8(row, bytes);
+        float scale[8];
+        _mm256_storeu_ps(scale, _mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
+        if (with_min) mins = _mm256_fmadd_ps(mins_of_8(heads), _mm256_loadu_ps(sums + i), mins);
+        for (int j = 0; j < 8; j++, row += bytes, quants += 32) {
+            __m256 sum = _mm256_cvtepi32_ps(signed_products(codes(row), quants));
+            totals[j % 2] = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j), sum, totals[j % 2]);
+        }
     }
-#define NO_MIN(i) (void)0
-#define ADD_MIN(i) mins += half_at(w[i].min) * sums[i]
-DOT_32(q4_0, NO_MIN)
-DOT_32(q4_1, ADD_MIN)
-DOT_32(q5_0, NO_MIN)
-DOT_32(q5_1, ADD_MIN)
-DOT_32(q8_0, NO_MIN)
-DOT_32(iq4_nl, NO_MIN)
+    float rest = 0;
+    for (; i < blocks; i++, row += bytes, quants += 32) {
+        __m256 scale = _mm256_set1_ps(load_half(row) * scales[i]);
+        totals[0] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(signed_products(codes(row), quants)), totals[0]);
+        if (with_min) rest += load_half(row + 2) * sums[i];
+    }
+    return sum_of_floats(_mm256_add_ps(_mm256_add_ps(totals[0], totals[1]), mins)) + rest;
+}
+
+#define DOT_32(name, with_min)                                                                        \
+    float avx2_dot_##name(const void *row, const void *packed, int64_t cols) {                        \
+        return dot_blocks_of_32(row, packed, cols, sizeof(struct name), with_min, codes_##name);      \
+    }
+DOT_32(q4_0, 0)
+DOT_32(q4_1, 1)
+DOT_32(q5_0, 0)
+DOT_32(q5_1, 1)
+DOT_32(q8_0, 0)
+DOT_32(iq4_nl, 0)
 
 /* Lanes 0..7 hold scale 2 i, lanes 8..15 scale 2 i + 1 of sixteen signed bytes. */
 static inline __m256i scale_pair(__m128i scales, int i) {
@@ -73,8 +90,8 @@ float avx2_dot_q2_k(const void *row, const void *packed, int64_t cols) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), pairs));
         }
         __m256 min = _mm256_cvtepi32_ps(dot_sums(x->sums, _mm256_cvtepi8_epi16(mins)));
-        total = _mm256_fmadd_ps(_mm256_set1_ps(half_at(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
-        total = _mm256_fnmadd_ps(_mm256_set1_ps(half_at(w->min) * x->scale), min, total);
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = _mm256_fnmadd_ps(_mm256_set1_ps(load_half(w->min) * x->scale), min, total);
     }
     return sum_of_floats(total);
 }
@@ -95,7 +112,7 @@ float avx2_dot_q3_k(const void *row, const void *packed, int64_t cols) {
             __m256i codes = _mm256_or_si256(fields_2(load_256(w->codes + i / 4 * 32), i % 4), four);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), products(codes, x->quants + 32 * i)));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(half_at(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
     }
     return sum_of_floats(total);
 }
@@ -129,7 +146,7 @@ float avx2_dot_q4_k(const void *row, const void *packed, int64_t cols) {
     const struct q8_k *x = packed;
     __m256 total = _mm256_setzero_ps();
     for (const struct q4_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, NULL, half_at(w->scale), half_at(w->min), x, total);
+        total = block_q4_k(w->scales, w->codes, NULL, load_half(w->scale), load_half(w->min), x, total);
     return sum_of_floats(total);
 }
 
@@ -138,7 +155,7 @@ float avx2_dot_q5_k(const void *row, const void *packed, int64_t cols) {
     const struct q8_k *x = packed;
     __m256 total = _mm256_setzero_ps();
     for (const struct q5_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, w->high, half_at(w->scale), half_at(w->min), x, total);
+        total = block_q4_k(w->scales, w->codes, w->high, load_half(w->scale), load_half(w->min), x, total);
     return sum_of_floats(total);
 }
 
@@ -158,7 +175,7 @@ float avx2_dot_q6_k(const void *row, const void *packed, int64_t cols) {
             __m256i codes = _mm256_or_si256(low, _mm256_slli_epi16(fields_2(high, t), 4));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), products(codes, x->quants + 32 * i)));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(half_at(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
     }
     return sum_of_floats(total);
 }

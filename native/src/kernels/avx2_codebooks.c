@@ -1,23 +1,17 @@
-/* AVX2 dot products of the codebook and ternary formats: blocks are unpacked to bytes first, so that every instruction
- * set shares one reading of their layouts; the integer sums are scalar_blocks.c's. */
+/* AVX2 dot products of the codebook and ternary formats: codewords are unpacked to bytes first, by the
+ * same functions as for decoding; the integer sums are scalar_blocks.c's. */
 #ifdef RONDEL_X86
-#include <immintrin.h>
-
 #include "codebooks.h"
-#include "declare.h"
-
-DECLARE_CODEBOOKS(avx2)
-
-static inline float sum_of_floats(__m256 x) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
+#include "x86.h"
 
 /* Sums of two products of signed codes and activation quants: |q| * (x sign(q)), 127 x 127 x 2 < 2^15. */
-static inline __m256i pairs(const int8_t *codes, const int8_t *x) {
-    __m256i q = _mm256_loadu_si256((const __m256i *)codes);
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), q));
+static inline __m256i pairs(__m256i codes, const int8_t *x) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(load_256(x), codes));
+}
+
+/* 32 codes that are places in a table of 16 levels. */
+static inline __m256i levels_32(const uint8_t codes[16], const int8_t levels[16]) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(levels)), nibbles_32(codes));
 }
 
 static inline float dot_blocks_of_256(const uint8_t *row, const struct q8_k *x, int64_t cols, int bytes,
@@ -29,7 +23,7 @@ static inline float dot_blocks_of_256(const uint8_t *row, const struct q8_k *x, 
         __m256i sum = _mm256_setzero_si256();
         for (int s = 0; s < 16; s += 2) {
             __m256i scales = _mm256_set_m128i(_mm_set1_epi16(block.scales[s + 1]), _mm_set1_epi16(block.scales[s]));
-            __m256i products = pairs(block.codes + 16 * s, x->quants + 16 * s);
+            __m256i products = pairs(load_256(block.codes + 16 * s), x->quants + 16 * s);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scales, products));
         }
         total = _mm256_fmadd_ps(_mm256_set1_ps(block.scale * x->scale), _mm256_cvtepi32_ps(sum), total);
@@ -41,9 +35,7 @@ static inline float dot_blocks_of_256(const uint8_t *row, const struct q8_k *x, 
     float avx2_dot_##name(const void *row, const void *packed, int64_t cols) {           \
         return dot_blocks_of_256(row, packed, cols, sizeof(struct name), unpack_##name); \
     }
-DOT_256(iq4_xs)
 DOT_256(tq1_0)
-DOT_256(tq2_0)
 DOT_256(iq1_s)
 DOT_256(iq1_m)
 DOT_256(iq2_xxs)
@@ -52,16 +44,53 @@ DOT_256(iq2_s)
 DOT_256(iq3_xxs)
 DOT_256(iq3_s)
 
+float avx2_dot_iq4_xs(const void *row, const void *packed, int64_t cols) {
+    const struct iq4_xs *w = row;
+    const struct q8_k *x = packed;
+    __m256 total = _mm256_setzero_ps();
+    for (const struct iq4_xs *end = w + cols / 256; w < end; w++, x++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int i = 0; i < 8; i++) {
+            int low = w->scales_low[i / 2] >> i % 2 * 4 & 15, high = word_at(w->scales_high) >> 2 * i & 3;
+            __m256i products = pairs(levels_32(w->codes + 16 * i, iq4_levels), x->quants + 32 * i);
+            __m256i scale = _mm256_set1_epi16((short)((low | high << 4) - 32));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale, products));
+        }
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+    }
+    return sum_of_floats(total);
+}
+
+/* With u = q + 1 in 0..3: sum(q x) = sum(u x) - sum(x); 8 x 3 x 127 x 2 < 2^15. */
+float avx2_dot_tq2_0(const void *row, const void *packed, int64_t cols) {
+    const struct tq2_0 *w = row;
+    const struct q8_k *x = packed;
+    const __m256i three = _mm256_set1_epi8(3);
+    __m256 total = _mm256_setzero_ps();
+    for (const struct tq2_0 *end = w + cols / 256; w < end; w++, x++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int i = 0; i < 8; i++) {
+            __m256i fields = _mm256_srl_epi16(load_256(w->codes + i / 4 * 32), _mm_cvtsi32_si128(i % 4 * 2));
+            fields = _mm256_and_si256(fields, three);
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(fields, load_256(x->quants + 32 * i)));
+        }
+        sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        sum = _mm256_sub_epi32(sum, dot_sums(x->sums, _mm256_set1_epi16(1)));
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+    }
+    return sum_of_floats(total);
+}
+
 float avx2_dot_mxfp4(const void *row, const void *packed, int64_t cols) {
     const struct mxfp4 *w = row;
     const int8_t *quants = packed;
     const float *scales = q8_scales(packed, cols);
-    struct unpacked_32 block;
     __m256 total = _mm256_setzero_ps();
     for (int64_t i = 0; i < cols / 32; i++) {
-        unpack_mxfp4(w + i, &block);
-        __m256i sum = _mm256_madd_epi16(pairs(block.codes, quants + 32 * i), _mm256_set1_epi16(1));
-        total = _mm256_fmadd_ps(_mm256_set1_ps(block.scale * scales[i]), _mm256_cvtepi32_ps(sum), total);
+        __m256i products = pairs(levels_32(w[i].codes, mxfp4_levels), quants + 32 * i);
+        __m256i sum = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+        __m256 scale = _mm256_set1_ps(mxfp4_scale(w[i].exponent) * scales[i]);
+        total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), total);
     }
     return sum_of_floats(total);
 }

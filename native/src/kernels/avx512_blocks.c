@@ -8,51 +8,70 @@ static inline __m512i join(__m256i low, __m256i high) {
 
 /* ---- blocks of 32: unsigned codes u = q + zero, two blocks a vector ---- */
 
-static inline __m256i codes_q4_0(const struct q4_0 *q) { return nibbles_32(q->codes); }
-static inline __m256i codes_q4_1(const struct q4_1 *q) { return nibbles_32(q->codes); }
-static inline __m256i codes_q5_0(const struct q5_0 *q) { return fives_32(q->codes, q->high); }
-static inline __m256i codes_q5_1(const struct q5_1 *q) { return fives_32(q->codes, q->high); }
-static inline __m256i codes_q8_0(const struct q8_0 *q) {
-    return _mm256_xor_si256(load_256(q->codes), _mm256_set1_epi8((char)128));
+static inline __m256i codes_q4_0(const void *block) { return nibbles_32(((const struct q4_0 *)block)->codes); }
+static inline __m256i codes_q4_1(const void *block) { return nibbles_32(((const struct q4_1 *)block)->codes); }
+static inline __m256i codes_q5_0(const void *block) {
+    const struct q5_0 *q = block;
+    return fives_32(q->codes, q->high);
 }
-static inline __m256i codes_iq4_nl(const struct iq4_nl *q) {
+static inline __m256i codes_q5_1(const void *block) {
+    const struct q5_1 *q = block;
+    return fives_32(q->codes, q->high);
+}
+static inline __m256i codes_q8_0(const void *block) {
+    return _mm256_xor_si256(load_256(((const struct q8_0 *)block)->codes), _mm256_set1_epi8((char)128));
+}
+static inline __m256i codes_iq4_nl(const void *block) {
     __m128i levels = _mm_xor_si128(load_128(iq4_levels), _mm_set1_epi8((char)128));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles_32(q->codes));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles_32(((const struct iq4_nl *)block)->codes));
 }
 
-/* sum(q x) = sum(u x) - sum(zero x), each by vpdpbusd; x is padded with zeros to a whole vector, so a last odd
- * block meets itself again times zero. */
-#define DOT_32(name, zero, MIN)                                                                                  \
-    float avx512_dot_##name(const void *row, const void *packed, int64_t cols) {                                 \
-        const struct name *w = row;                                                                              \
-        const int8_t *quants = packed;                                                                           \
-        const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);                            \
-        __m512i none = _mm512_setzero_si512();                                                                   \
-        __m512 total = _mm512_setzero_ps();                                                                      \
-        float mins = 0;                                                                                          \
-        for (int64_t i = 0, blocks = cols / 32; i < blocks; i += 2) {                                            \
-            int64_t j = i + 1 < blocks ? i + 1 : i;                                                              \
-            __m512i x = _mm512_loadu_si512(quants + 32 * i);                                                     \
-            __m512i sum = _mm512_dpbusd_epi32(none, join(codes_##name(w + i), codes_##name(w + j)), x);          \
-            if (zero) sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(none, _mm512_set1_epi8((char)(zero)), x)); \
-            __m256 first = _mm256_set1_ps(half_at(w[i].scale) * scales[i]);                                      \
-            __m256 second = _mm256_set1_ps(half_at(w[j].scale) * scales[j]);                                     \
-            __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);                         \
-            total = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), total);                                      \
-            MIN(i);                                                                                              \
-            if (j > i) MIN(j);                                                                                   \
-        }                                                                                                        \
-        (void)sums;                                                                                              \
-        return _mm512_reduce_add_ps(total) + mins;                                                               \
+/* sum(q x) = sum(u x) - sum(zero x), each by vpdpbusd. */
+static inline __m512 sums_of_codes(__m512i codes, __m512i x, int zero) {
+    __m512i none = _mm512_setzero_si512(), sum = _mm512_dpbusd_epi32(none, codes, x);
+    if (zero) sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(none, _mm512_set1_epi8((char)zero), x));
+    return _mm512_cvtepi32_ps(sum);
+}
+
+/* Eight blocks at a time, whose scales are converted together and of which two share a vector; then what is left, one
+ * by one beside zeros. A minimum follows the scale. */
+static inline float dot_blocks_of_32(const uint8_t *row, const void *packed, int64_t cols, int bytes, int zero,
+                                     int with_min, __m256i (*codes)(const void *block)) {
+    const int8_t *quants = packed;
+    const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);
+    const __m512i first = join(_mm256_setzero_si256(), _mm256_set1_epi32(1));
+    __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m256 mins = _mm256_setzero_ps();
+    int64_t blocks = cols / 32, i = 0;
+    for (; i + 8 <= blocks; i += 8) {
+        __m256i heads = heads_of_8(row, bytes);
+        __m512 eight = _mm512_castps256_ps512(_mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
+        if (with_min) mins = _mm256_fmadd_ps(mins_of_8(heads), _mm256_loadu_ps(sums + i), mins);
+        for (int j = 0; j < 4; j++, row += 2 * bytes, quants += 64) {
+            __m512 sum = sums_of_codes(join(codes(row), codes(row + bytes)), _mm512_loadu_si512(quants), zero);
+            __m512 scale = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(2 * j)), eight);
+            totals[j % 2] = _mm512_fmadd_ps(scale, sum, totals[j % 2]);
+        }
     }
-#define NO_MIN(i) (void)0
-#define ADD_MIN(i) mins += half_at(w[i].min) * sums[i]
-DOT_32(q4_0, 8, NO_MIN)
-DOT_32(q4_1, 0, ADD_MIN)
-DOT_32(q5_0, 16, NO_MIN)
-DOT_32(q5_1, 0, ADD_MIN)
-DOT_32(q8_0, 128, NO_MIN)
-DOT_32(iq4_nl, 128, NO_MIN)
+    float rest = 0;
+    for (; i < blocks; i++, row += bytes, quants += 32) {
+        __m512 sum = sums_of_codes(_mm512_zextsi256_si512(codes(row)), _mm512_zextsi256_si512(load_256(quants)), zero);
+        totals[0] = _mm512_fmadd_ps(_mm512_set1_ps(load_half(row) * scales[i]), sum, totals[0]);
+        if (with_min) rest += load_half(row + 2) * sums[i];
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(totals[0], totals[1])) + sum_of_floats(mins) + rest;
+}
+
+#define DOT_32(name, zero, with_min)                                                                   \
+    float avx512_dot_##name(const void *row, const void *packed, int64_t cols) {                       \
+        return dot_blocks_of_32(row, packed, cols, sizeof(struct name), zero, with_min, codes_##name); \
+    }
+DOT_32(q4_0, 8, 0)
+DOT_32(q4_1, 0, 1)
+DOT_32(q5_0, 16, 0)
+DOT_32(q5_1, 0, 1)
+DOT_32(q8_0, 128, 0)
+DOT_32(iq4_nl, 128, 0)
 
 /* ---- blocks of 256: maddubs of unsigned codes <= 63, then vpdpwssd with 16-bit scales; 4 x 64 codes ---- */
 
@@ -105,8 +124,8 @@ float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
         __m512i codes = _mm512_loadu_si512(w->codes), sum = _mm512_setzero_si512();
         for (int t = 0; t < 4; t++)
             sum = accumulate(sum, scales_of_field(scales, t), fields_2(codes, t), quants_of_field(x, t));
-        total = scaled(total, half_at(w->scale) * x->scale, sum);
-        total = scaled(total, half_at(w->min) * x->scale, minus(dot_sums(x->sums, mins)));
+        total = scaled(total, load_half(w->scale) * x->scale, sum);
+        total = scaled(total, load_half(w->min) * x->scale, minus(dot_sums(x->sums, mins)));
     }
     return _mm512_reduce_add_ps(total);
 }
@@ -126,7 +145,7 @@ float avx512_dot_q3_k(const void *row, const void *packed, int64_t cols) {
             u = _mm512_mask_add_epi8(u, set, u, _mm512_set1_epi8(4));
             sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
         }
-        total = scaled(total, half_at(w->scale) * x->scale, sum);
+        total = scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return _mm512_reduce_add_ps(total);
 }
@@ -148,7 +167,7 @@ float avx512_dot_q6_k(const void *row, const void *packed, int64_t cols) {
             __m512i u = _mm512_or_si512(_mm512_and_si512(four, nibble), _mm512_slli_epi16(fields_2(high, t), 4));
             sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
         }
-        total = scaled(total, half_at(w->scale) * x->scale, sum);
+        total = scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return _mm512_reduce_add_ps(total);
 }
@@ -183,7 +202,7 @@ float avx512_dot_q4_k(const void *row, const void *packed, int64_t cols) {
     const struct q8_k *x = packed;
     __m512 total = _mm512_setzero_ps();
     for (const struct q4_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, NULL, half_at(w->scale), half_at(w->min), x, total);
+        total = block_q4_k(w->scales, w->codes, NULL, load_half(w->scale), load_half(w->min), x, total);
     return _mm512_reduce_add_ps(total);
 }
 
@@ -192,7 +211,7 @@ float avx512_dot_q5_k(const void *row, const void *packed, int64_t cols) {
     const struct q8_k *x = packed;
     __m512 total = _mm512_setzero_ps();
     for (const struct q5_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, w->high, half_at(w->scale), half_at(w->min), x, total);
+        total = block_q4_k(w->scales, w->codes, w->high, load_half(w->scale), load_half(w->min), x, total);
     return _mm512_reduce_add_ps(total);
 }
 #endif

@@ -23,26 +23,48 @@ struct iq1_s { uint8_t scale[2], codes[32], high[16]; };    /* per 32: delta << 
 struct iq1_m { uint8_t codes[32], high[16], scales[8]; };   /* per 8: delta << 3 | 3 high bits; per 16: s, 3 bits */
 
 static const int8_t mxfp4_levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-static const int8_t iq2_levels[4] = {8, 25, 43, 0};
 
 static inline uint16_t word_at(const uint8_t *bytes) { return (uint16_t)(bytes[0] | bytes[1] << 8); }
 static inline uint32_t dword_at(const uint8_t *bytes) { return word_at(bytes) | (uint32_t)word_at(bytes + 2) << 16; }
 
 static inline int even_signs(int seven) { return seven | (__builtin_popcount((unsigned)seven) & 1) << 7; }
 
-static inline void add_signs(int8_t *codes, int n, int signs) {
-    for (int j = 0; j < n; j++)
-        if (signs >> j & 1) codes[j] = (int8_t)-codes[j];
+/* Eight bytes at once in a 64-bit word, byte j for weight j; no step below carries from one byte into the next. */
+#define EACH(byte) (UINT64_C(0x0101010101010101) * (byte))
+
+/* Eight codes of 1..127, negated where a bit of `signs` is set. */
+static inline void store_signed(uint64_t codes, int signs, int8_t out[8]) {
+    uint64_t bit = EACH((uint64_t)signs) & UINT64_C(0x8040201008040201);
+    uint64_t set = ((bit + EACH(127)) | bit) >> 7 & EACH(1); /* 1 where the bit of this byte was set */
+    codes = (codes ^ set * 255) + set;
+    memcpy(out, &codes, 8);
 }
 
+/* The eight 2-bit fields of a word, one a byte. */
+static inline uint64_t fields_of_2(uint64_t word) {
+    word = (word | word << 24) & UINT64_C(0x000000ff000000ff);
+    word = (word | word << 12) & UINT64_C(0x000f000f000f000f);
+    return (word | word << 6) & EACH(3);
+}
+
+/* The four 4-bit fields of each of two words. */
+static inline uint64_t fields_of_4(uint64_t first, uint64_t second) {
+    uint64_t word = first | second << 32;
+    word = (word | word << 8) & UINT64_C(0x00ff00ff00ff00ff);
+    return (word | word << 4) & EACH(15);
+}
+
+/* Fields 0, 1, 2 are the levels 8, 25, 43. */
 static inline void codeword_iq2(uint16_t word, int signs, int8_t codes[8]) {
-    for (int j = 0; j < 8; j++) codes[j] = iq2_levels[word >> 2 * j & 3];
-    add_signs(codes, 8, signs);
+    uint64_t fields = fields_of_2(word);
+    store_signed(fields * 17 + (fields >> 1 & EACH(1)) + EACH(8), signs, codes);
 }
 
-/* Eight times the weight's multiple of the scale: field 0, 1, 2 is -1, 0, 1; an eighth up or down moves all of them. */
+/* Eight times the weight's multiple of the scale: field 0, 1, 2 is -1, 0, 1; an eighth up or down moves all of them.
+ * Computed 128 too high, which keeps bytes positive until their top bit is flipped. */
 static inline void codeword_iq1(uint16_t word, int down, int8_t codes[8]) {
-    for (int j = 0; j < 8; j++) codes[j] = (int8_t)(8 * ((word >> 2 * j & 3) - 1) + (down ? -1 : 1));
+    uint64_t bytes = (fields_of_2(word) * 8 + EACH(down ? 119 : 121)) ^ EACH(128);
+    memcpy(codes, &bytes, 8);
 }
 
 static inline void start(struct unpacked_256 *out, float scale) {
@@ -94,27 +116,33 @@ static inline void unpack_iq2_s(const void *block, struct unpacked_256 *out) {
     }
 }
 
+/* Fields 0..7 are the levels 4, 12, .. 52 and 62. */
 static inline void unpack_iq3_xxs(const void *block, struct unpacked_256 *out) {
-    static const int8_t levels[8] = {4, 12, 20, 28, 36, 44, 52, 62};
     const struct iq3_xxs *q = block;
     start(out, half_at(q->scale) * 0.25f);
-    for (int j = 0; j < 256; j++) out->codes[j] = levels[iq3_xxs_codebook[q->codes[j / 4]] >> j % 4 * 4 & 7];
     for (int i = 0; i < 8; i++) {
         uint32_t rest = dword_at(q->signs + 4 * i);
         out->scales[2 * i] = out->scales[2 * i + 1] = (int16_t)(2 * (rest >> 28) + 1);
-        for (int g = 0; g < 4; g++) add_signs(out->codes + 32 * i + 8 * g, 8, even_signs(rest >> 7 * g & 127));
+        for (int g = 0; g < 4; g++) {
+            const uint8_t *indices = q->codes + 8 * i + 2 * g;
+            uint64_t fields = fields_of_4(iq3_xxs_codebook[indices[0]], iq3_xxs_codebook[indices[1]]);
+            uint64_t last = fields & fields >> 1 & fields >> 2 & EACH(1);
+            store_signed(fields * 8 + last * 2 + EACH(4), even_signs(rest >> 7 * g & 127), out->codes + 32 * i + 8 * g);
+        }
     }
 }
 
+/* Fields 0..7 are the levels 1, 3, .. 15. */
 static inline void unpack_iq3_s(const void *block, struct unpacked_256 *out) {
     const struct iq3_s *q = block;
     start(out, half_at(q->scale));
     for (int i = 0; i < 16; i++) out->scales[i] = 2 * (q->scales[i / 4] >> i / 2 % 2 * 4 & 15) + 1;
-    for (int g = 0; g < 64; g++) {
-        uint16_t word = iq3_s_codebook[q->codes[g] | (q->high[g / 8] >> g % 8 & 1) << 8];
-        for (int j = 0; j < 4; j++) out->codes[4 * g + j] = 2 * (word >> 4 * j & 7) + 1;
+    for (int g = 0; g < 32; g++) {
+        int high = q->high[g / 4] >> g % 4 * 2;
+        uint16_t first = iq3_s_codebook[q->codes[2 * g] | (high & 1) << 8];
+        uint16_t second = iq3_s_codebook[q->codes[2 * g + 1] | (high >> 1 & 1) << 8];
+        store_signed(fields_of_4(first, second) * 2 + EACH(1), q->signs[g], out->codes + 8 * g);
     }
-    for (int g = 0; g < 32; g++) add_signs(out->codes + 8 * g, 8, q->signs[g]);
 }
 
 static inline void unpack_iq1_s(const void *block, struct unpacked_256 *out) {
@@ -162,11 +190,17 @@ static inline void unpack_tq2_0(const void *block, struct unpacked_256 *out) {
     for (int j = 0; j < 256; j++) out->codes[j] = (int8_t)(field_2(q->codes, j) - 1);
 }
 
-/* The exponent of a power of two; the levels are doubled, so the scale is halved. Exponents 0 and 1 are subnormal. */
+/* A power of two; the levels are doubled, so the scale is halved. Exponents 0 and 1 are subnormal. */
+static inline float mxfp4_scale(uint8_t exponent) {
+    uint32_t bits = exponent < 2 ? 0x00200000u << exponent : (uint32_t)(exponent - 1) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+
 static inline void unpack_mxfp4(const void *block, struct unpacked_32 *out) {
     const struct mxfp4 *q = block;
-    uint32_t bits = q->exponent < 2 ? 0x00200000u << q->exponent : (uint32_t)(q->exponent - 1) << 23;
-    memcpy(&out->scale, &bits, 4);
+    out->scale = mxfp4_scale(q->exponent);
     out->offset = 0;
     unpack_nibbles(q->codes, out->codes);
     for (int j = 0; j < 32; j++) out->codes[j] = mxfp4_levels[out->codes[j]];

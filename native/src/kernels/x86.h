@@ -27,7 +27,7 @@ DECLARE_TILES(avx2)
 DECLARE_BLOCKS(avx512)
 DECLARE_TILES(avx512)
 
-static inline float half_at(const uint8_t bytes[2]) {
+static inline float load_half(const uint8_t bytes[2]) {
     uint16_t half;
     memcpy(&half, bytes, 2);
     return _cvtsh_ss(half);
@@ -36,11 +36,12 @@ static inline float half_at(const uint8_t bytes[2]) {
 static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
 static inline __m128i load_128(const void *p) { return _mm_loadu_si128(p); }
 
-static inline __m256i broadcast_dword(const void *p) {
+static inline int32_t dword_of(const void *p) {
     int32_t dword;
     memcpy(&dword, p, 4);
-    return _mm256_set1_epi32(dword);
+    return dword;
 }
+static inline __m256i broadcast_dword(const void *p) { return _mm256_set1_epi32(dword_of(p)); }
 
 static inline float sum_of_floats(__m256 x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -53,6 +54,23 @@ static inline int32_t sum_of_ints(__m256i x) {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
+
+/* The first two halves of eight blocks of 32, `bytes` apart, as dwords: the scale below, where there is one the minimum
+ * above. */
+static inline __m256i heads_of_8(const uint8_t *blocks, int bytes) { /* eight loads are faster than a gather */
+    const uint8_t *half = blocks + 4 * bytes;
+    return _mm256_setr_epi32(dword_of(blocks), dword_of(blocks + bytes), dword_of(blocks + 2 * bytes),
+                             dword_of(blocks + 3 * bytes), dword_of(half), dword_of(half + bytes),
+                             dword_of(half + 2 * bytes), dword_of(half + 3 * bytes));
+}
+static inline __m256 floats_of_heads(__m256i low_words) {
+    __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low_words), _mm256_extracti128_si256(low_words, 1));
+    return _mm256_cvtph_ps(halves);
+}
+static inline __m256 scales_of_8(__m256i heads) {
+    return floats_of_heads(_mm256_and_si256(heads, _mm256_set1_epi32(0xffff)));
+}
+static inline __m256 mins_of_8(__m256i heads) { return floats_of_heads(_mm256_srli_epi32(heads, 16)); }
 
 /* The 32 codes of a 32-block as bytes, offsets not yet subtracted. */
 static inline __m256i nibbles_32(const uint8_t codes[16]) {
