@@ -100,8 +100,8 @@ def measure(
     progress: Any,
 ) -> dict[str, Any]:
     """The facts that `rondel eval --json` prints."""
+    from rondel.cli.generate import tokenizer_of
     from rondel.converters.logits import LogitsFile
-    from rondel.converters.tokenizer import Tokenizer
     from rondel.native import Model, Session
     from rondel.quant.perplexity import check_base, perplexity, windows
 
@@ -112,7 +112,7 @@ def measure(
         model = stack.enter_context(Model(path))
         if context is None:
             context = compared.context if compared else 512
-        tokenizer = Tokenizer(model.file.keys)
+        tokenizer = tokenizer_of(model)
         cut = None if content is None else windows(tokenizer.encode(content), context, chunks)
         if compared:
             cut = check_base(compared, cut, model.vocabulary, chunks)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rondel.converters.errors import RondelError
 from rondel.converters.tokenizer import StreamDecoder, Tokenizer
-from rondel.native import Sampler, Session
+from rondel.native import Model, Sampler, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,17 @@ REASONS: dict[Reason, str] = {
     "interrupted": "interrupted",
 }
 PROMPT_STEP = 512  # tokens evaluated between two looks at the keyboard
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The vocabulary in the model's file; `RondelError` where it is not the one that the model predicts."""
+    tokenizer = Tokenizer(model.file.keys)
+    if tokenizer.vocabulary_size != model.vocabulary:
+        raise RondelError(
+            f"tokenizer.ggml.tokens: {tokenizer.vocabulary_size} tokens, but the model predicts {model.vocabulary}: "
+            "the file was put together from two models; convert it again"
+        )
+    return tokenizer
 
 
 class StopStrings:

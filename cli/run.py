@@ -95,16 +95,14 @@ def run(
     text = _prompt_text(prompt, prompt_file)
     if system is not None and not chat:
         raise typer.BadParameter("--system needs --chat: a text to continue has no system message")
-    from rondel.cli.generate import Generation
-    from rondel.converters.tokenizer import Tokenizer
+    from rondel.cli.generate import Generation, tokenizer_of
     from rondel.native import Model, Sampler, Session
 
     started = time.perf_counter()
     with Model(file) as model:
         if not quiet:
-            for warning in model.warnings:
-                console.warn(warning)
-        tokenizer = Tokenizer(model.file.keys)
+            _warn(model, context)
+        tokenizer = tokenizer_of(model)
         ids = _chat_ids(tokenizer, text, system) if chat else _text_ids(tokenizer, text)
         limit = None if tokens < 0 else tokens
         sampler = Sampler(
@@ -154,6 +152,13 @@ def _prompt_text(prompt: str | None, path: Path | None) -> str:
         except OSError as error:
             raise RondelError(f"{path}: cannot be read: {error.strerror}") from error
     return data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+
+
+def _warn(model: Model, context: int | None) -> None:
+    for warning in model.warnings:
+        console.warn(warning)
+    if context is not None and context > model.context:
+        console.warn(f"--context {context}: the model was trained with {model.context}, text beyond that may go astray")
 
 
 def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:

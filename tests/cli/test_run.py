@@ -99,6 +99,12 @@ def test_a_full_context_ends_the_text(model: Path) -> None:
     assert found["tokens"] == 10 - 2 + 1  # the last token needs no place: nothing is computed from it
 
 
+def test_a_context_beyond_training_is_a_warning(model: Path) -> None:
+    done = rondel("run", model, "-p", "the", "-n", "1", "--context", str(TRAINED + 1))
+    assert done.code == 0
+    assert f"warning: --context {TRAINED + 1}: the model was trained with {TRAINED}" in done.stderr
+
+
 def test_no_tokens_wanted(model: Path) -> None:
     found = told(model, "-p", "the", "-n", "0")
     assert (found["stop"], found["text"], found["tokens_per_second"]) == ("length", "", None)
@@ -134,7 +140,7 @@ def test_interrupt_ends_cleanly(model: Path) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
-    command = [sys.executable, "-m", "rondel.cli", "run", str(model), "-p", "the", "-n", "-1"]
+    command = [sys.executable, "-m", "rondel.cli", "run", str(model), "-p", "the", "-n", "-1", "--quiet"]
     running = subprocess.Popen(
         [*command, "--context", "100000", "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -159,13 +165,15 @@ def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
         (["{model}", "-p", "the", "--top-p", "2"], 2, "--top-p"),
         (["{model}", "-p", "the", "--top-p", "0"], 1, "top_p"),
         (["{plain}", "-p", "the", "--chat"], 1, "tokenizer.chat_template: the file has none"),
+        (["{mixed}", "-p", "the"], 1, "tokenizer.ggml.tokens: 264 tokens, but the model predicts 265"),
         (["{silent}", "-p", "the"], 1, "tokenizer.ggml.model: the file has no such key"),
     ],
 )
 def test_bad_input_is_one_sentence(model: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str) -> None:
     names = {"model": str(model), "text": str(tmp_path / "text"), "plain": str(tmp_path / "plain")}
-    names["silent"] = str(tmp_path / "silent")
+    names |= {"silent": str(tmp_path / "silent"), "mixed": str(tmp_path / "mixed")}
     (tmp_path / "text").write_text("Once upon a time there was no model in this file.")
+    write_model(tmp_path / "mixed", **{"tokenizer.ggml.tokens": TOKENS[:-1]})
     write_model(tmp_path / "plain", **{"tokenizer.chat_template": None})
     write_model(tmp_path / "silent", **{"tokenizer.ggml.model": None})
     done = rondel("run", *(argument.format(**names) for argument in arguments))
