@@ -103,22 +103,6 @@ def matmul(name: str, packed: Bytes, rows: int, cols: int, inputs: Floats, *, th
     return outputs
 
 
-def usable_isas() -> list[str]:
-    """Instruction sets that this processor has, best first; the last is always `scalar`, the specification."""
-    indices = range(lib.rondel_isa_count())
-    return [ffi.string(lib.rondel_isa_name(i)).decode() for i in indices if lib.rondel_isa_usable(i)]
-
-
-def current_isa() -> str:
-    """The instruction set that computes now."""
-    return str(ffi.string(lib.rondel_isa_current()).decode())
-
-
-def use_isa(name: str) -> None:
-    """Compute with this instruction set from now on (tests and benchmarks; not while a session evaluates)."""
-    check(lib.rondel_isa_use(name.encode()))
-
-
 def _pointer(kind: str, array: NDArray[np.generic]) -> object:
     return ffi.cast(kind, array.ctypes.data)
 

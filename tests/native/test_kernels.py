@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 
-from rondel.native import formats
+from rondel.native import formats, instruction_set, instruction_sets, use_instruction_set
 from tests.packed import EVERY, FLOATS, GGML, TILES, block_of, random_packed
 from tests.peer.ggml import ggml_product
 from tests.peer.llama import find_library
 
 ROWS = 19  # a whole panel and a part
-FAST = [isa for isa in formats.usable_isas() if isa != "scalar"]
+FAST = [isa for isa in instruction_sets() if isa != "scalar"]
 
 # Integers are exact; floats differ in the order of at most 1024 additions, in single precision: the error relative
 # to the sum of magnitudes stays far below 1024 * 2^-24, and in practice near sqrt(1024) * 2^-24 = 2e-6.
@@ -27,13 +27,13 @@ LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 1024]
 
 @pytest.fixture(params=FAST)
 def isa(request):
-    before = formats.current_isa()
+    before = instruction_set()
     yield request.param
-    formats.use_isa(before)
+    use_instruction_set(before)
 
 
 def product(isa, name, packed, cols, inputs, rows=ROWS):
-    formats.use_isa(isa)
+    use_instruction_set(isa)
     return formats.matmul(name, packed, rows, cols, inputs)
 
 
@@ -117,16 +117,16 @@ def test_tiles_give_the_same_bits_everywhere(isa, name):
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_activations_do_not_get_lost(name, bad):
-    before = formats.current_isa()
+    before = instruction_set()
     cols, rng = 2 * block_of(name), np.random.default_rng(8)
     packed = random_packed(name, ROWS, cols, rng)
     inputs = rng.standard_normal((1, cols)).astype(np.float32)
     inputs[0, cols // 2] = bad
     try:
-        for isa in formats.usable_isas():
+        for isa in instruction_sets():
             assert not np.isfinite(product(isa, name, packed, cols, inputs)).any(), isa
     finally:
-        formats.use_isa(before)
+        use_instruction_set(before)
 
 
 @pytest.mark.peer
@@ -205,7 +205,7 @@ def tables(library):
 
 
 def test_the_tables_are_read_right(tables):
-    for isa in formats.usable_isas():
+    for isa in instruction_sets():
         assert tables(isa).name == isa.encode()
         assert all(tables(isa).dot[i] or tables(isa).panel[i] for i in range(len(EVERY)))
 
