@@ -122,6 +122,8 @@ def _as_importance(stats: Stats | Importance | None) -> Importance | None:
 def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> _Task:
     if source.quantized:
         raise RondelError(f"{source.root}: is quantized already; quantize the float model that it was made from")
+    if source.manifest.get("replication"):
+        raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; quantize before that")
     config = _resolve(source, config)
     importance = _as_importance(stats)
     shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}

@@ -112,6 +112,8 @@ def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = Non
         raise RondelError(f"{source.root}: is rotated already ({sites}); rotate the model it was made from")
     if source.quantized:
         raise RondelError(f"{source.root}: is quantized; rotate before quantizing")
+    if source.manifest.get("replication"):
+        raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; rotate before that")
     if not (config.residual or config.heads or config.hidden != "none"):
         raise RondelError("nothing to rotate: the residual stream, the heads and the hidden layer are all left out")
     if config.hidden != "none":

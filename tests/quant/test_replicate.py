@@ -19,6 +19,7 @@ from rondel.converters.export import ExportConfig, export
 from rondel.converters.replication import ATTENTION, BLOCK, FFN, Replication
 from rondel.converters.replication_codec import PREFIX, decode_replication
 from rondel.native import Model, Session
+from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.reference import ReferenceModel, reference_logits
 from rondel.quant.replicate import (
     ReplicateConfig,
@@ -29,6 +30,7 @@ from rondel.quant.replicate import (
     replicate,
 )
 from rondel.quant.replication_reference import ReplicatedReference, replicated_logits
+from rondel.quant.rotate import RotateConfig, rotate
 from tests.tiny import tiny_model
 
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -167,8 +169,18 @@ def test_two_runs_write_the_same_bytes_and_a_replicated_model_is_not_replicated_
     config = ReplicateConfig(("1:serial:2",))
     one, two = (replicate(source, tmp_path / name, config) for name in ("a", "b"))
     assert all((two.root / path.name).read_bytes() == path.read_bytes() for path in one.root.iterdir())
-    with pytest.raises(RondelError, match="is replicated already"):
+    with pytest.raises(RondelError, match=r"is replicated already"):
         replicate(one, tmp_path / "c", config)
+
+
+def test_the_weights_under_copies_do_not_change_any_more(source: Checkpoint, tmp_path: Path) -> None:
+    made = replicate(source, tmp_path / "r", ReplicateConfig(("1:serial:1",)))
+    with pytest.raises(RondelError, match=r"is replicated.*rotate before"):
+        rotate(made, tmp_path / "out", RotateConfig())
+    with pytest.raises(RondelError, match=r"is replicated.*quantize before"):
+        quantize(made, tmp_path / "out", QuantizeConfig())
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_hash_binds_the_parameters_to_the_replicated_layers(tmp_path: Path) -> None:
