@@ -75,11 +75,23 @@ INLINE void choose_affine(const vec *x, const vec *w, float top, const struct ra
     }
 }
 
-/* Round: codes of every lane from its stored scale; `zero` is the code of level 0. */
-INLINE void round_levels(const vec *x, const struct levels levels, vec scale, float zero, uint8_t codes[LANES][SIZE]) {
-    vec inv = inverse(scale);
+/* The stored scale (and offset) of every lane times its gain. */
+INLINE void store_gain(vec *t, vec *u, vec xx, vec xq) {
+    for (int l = 0; l < LANES; l++) {
+        float gain = fine_enough((*t)[l]) && fine_enough((*u)[l]) ? unbiased_gain(xx[l], xq[l]) : 1;
+        (*t)[l] = half_to_float(scale_to_half((*t)[l] * gain));
+        (*u)[l] = half_to_float(scale_to_half((*u)[l] * gain));
+    }
+}
+
+/* Round: codes of every lane from its scale, which then takes its gain; `zero` is the code of level 0. */
+INLINE void round_levels(const vec *x, const vec *w, const struct levels levels, vec *scale, float zero,
+                         uint8_t codes[LANES][SIZE]) {
+    vec inv = inverse(*scale), xx = splat(0), xq = splat(0);
     for (int i = 0; i < SIZE; i++) {
-        vec level = nearest_level(levels, x[i] * inv);
+        vec level = nearest_level(levels, x[i] * inv), wx = w[i] * x[i];
+        xx += wx * x[i];
+        xq += wx * (*scale * level);
         for (int l = 0; l < LANES; l++) {
             int code = 0;
             if (levels.table)
@@ -89,14 +101,19 @@ INLINE void round_levels(const vec *x, const struct levels levels, vec scale, fl
             codes[l][i] = (uint8_t)code;
         }
     }
+    vec none = splat(0);
+    store_gain(scale, &none, xx, xq);
 }
 
-INLINE void round_affine(const vec *x, float top, vec t, vec u, uint8_t codes[LANES][SIZE]) {
-    vec inv = inverse(t);
+INLINE void round_affine(const vec *x, const vec *w, float top, vec *t, vec *u, uint8_t codes[LANES][SIZE]) {
+    vec inv = inverse(*t), xx = splat(0), xq = splat(0);
     for (int i = 0; i < SIZE; i++) {
-        vec q = whole_within((x[i] - u) * inv, 0, top);
+        vec q = whole_within((x[i] - *u) * inv, 0, top), wx = w[i] * x[i];
+        xx += wx * x[i];
+        xq += wx * (*t * q + *u);
         for (int l = 0; l < LANES; l++) codes[l][i] = (uint8_t)q[l];
     }
+    store_gain(t, u, xx, xq);
 }
 
 static void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block) {
@@ -122,13 +139,13 @@ static void pack_block(int format, const uint8_t *codes, float scale, float offs
 INLINE void encode_levels(const vec *x, const vec *w, const struct levels levels, float zero, vec *scale,
                           uint8_t codes[LANES][SIZE]) {
     *scale = choose_scale(x, w, levels);
-    round_levels(x, levels, *scale, zero, codes);
+    round_levels(x, w, levels, scale, zero, codes);
 }
 
 INLINE void encode_ranges(const vec *x, const vec *w, float top, const struct ranges ranges, vec *scale, vec *offset,
                           uint8_t codes[LANES][SIZE]) {
     choose_affine(x, w, top, ranges, scale, offset);
-    round_affine(x, top, *scale, *offset, codes);
+    round_affine(x, w, top, scale, offset, codes);
 }
 
 CLONES void encode_blocks(const struct encode_task *task, int64_t first, int64_t last) {

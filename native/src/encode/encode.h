@@ -1,7 +1,8 @@
 /* What the encoders share: the task, and the three steps of every format: choose scales, round codes, pack bits.
  *
  * The error that is made least is sum over columns of importance * (weight - decoded weight)^2, with the scales as
- * they are stored. With no importance every column counts the same. */
+ * they are stored; a last gain on the scales then takes out the bias that this leaves (unbiased_gain in search.h). With no
+ * importance every column counts the same. */
 #ifndef RONDEL_ENCODE_H
 #define RONDEL_ENCODE_H
 #include "formats.h"

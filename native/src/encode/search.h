@@ -4,6 +4,7 @@
  * are the nearest levels. A grid of ranges finds the basin, alternating the two finds its bottom. */
 #ifndef RONDEL_ENCODE_SEARCH_H
 #define RONDEL_ENCODE_SEARCH_H
+#include "encode.h"
 #include "lanes.h"
 
 #define ALTERNATIONS 3 /* of refit and rounding after the grid; more change nothing that can be measured */
@@ -67,6 +68,20 @@ INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct leve
         gain = greater(gain, won);
     }
     return best;
+}
+
+/* The factor that makes rounded weights unbiased: sum w x (g q) = sum w x x for the codes q that were chosen.
+ *
+ * Least squares shrinks: a block that loses a share e of its energy answers e too weakly, and unlike rounding noise that
+ * adds up over channels and layers. Scales multiplied by g = 1 / (1 - e) answer at full strength and raise the squared
+ * error to e / (1 - e) only (Vargaftik et al. 2021, DRIVE). Where half of the energy is lost g stays 1. */
+INLINE float unbiased_gain(float xx, float xq) { return xq > 0.5f * xx && xx > 0 ? xx / xq : 1; }
+
+/* Whether a stored scale can be multiplied by a gain of at most 2: below 64 steps of a half it would move by a whole
+ * step, above half of the largest half it could leave the range. */
+INLINE int fine_enough(float scale) {
+    float size = scale < 0 ? -scale : scale;
+    return size == 0 || (size >= 64 * HALF_LEAST && size <= HALF_MAX / 2);
 }
 
 /* Sums of a lane that give the error of any scale t and offset u (weight = t q + u) for fixed codes. */

@@ -4,7 +4,8 @@
  *   1. every sub-block finds the scale (and offset) it would like, free of the others (search.h);
  *   2. d (and dmin) come from a grid; with codes fixed the error is a quadratic in the scale, so a candidate is cheap;
  *   3. against d as it is stored, every sub-block tries the neighbouring whole scales with its codes rounded anew; then
- *      d is refitted in closed form, and the round is kept where the error falls. */
+ *      d is refitted in closed form, and the round is kept where the error falls.
+ * Codes are rounded against that choice; last, d and dmin are stored with the gain that undoes least squares' shrinking. */
 #include "encode.h"
 #include "kernels/kernels.h"
 #include "search.h"
@@ -54,7 +55,7 @@ static void load_block(const float *from, const float *importance, int depth, st
 
 static float stored(double wish) { return half_to_float(scale_to_half((float)wish)); }
 
-static float lane_max(vec a) {
+INLINE float lane_max(vec a) {
     float most = 0;
     for (int l = 0; l < LANES; l++) most = fabsf(a[l]) > most ? fabsf(a[l]) : most;
     return most;
@@ -246,8 +247,7 @@ INLINE void choose_pairs(const struct block *b, const struct traits traits, stru
 /* ---- round and pack ---- */
 
 INLINE void round_codes(const struct block *b, const struct traits traits, const struct choice *c, struct superblock *to) {
-    to->d = float_to_half(c->d);
-    to->dmin = float_to_half(-c->u);
+    vec xx = splat(0), xq = splat(0);
     for (int g = 0; g * traits.depth * LANES < COLUMNS; g++) {
         vec scale = c->d * c->k[g], offset = traits.top > 0 ? c->u * c->m[g] : splat(0), inv = inverse(scale);
         for (int l = 0; l < LANES; l++) {
@@ -261,8 +261,14 @@ INLINE void round_codes(const struct block *b, const struct traits traits, const
             else
                 q = nearest_level(traits.levels, x * inv) - traits.levels.lo;
             for (int l = 0; l < LANES; l++) to->codes[(g * LANES + l) * traits.depth + i] = (uint8_t)q[l];
+            vec wx = b->w[g * traits.depth + i] * x;
+            xx += wx * x;
+            xq += wx * (scale * (q + traits.levels.lo) + offset);
         }
     }
+    float gain = fine_enough(c->d) && fine_enough(c->u) ? unbiased_gain(sum(xx), sum(xq)) : 1;
+    to->d = scale_to_half(c->d * gain);
+    to->dmin = scale_to_half(-c->u * gain);
 }
 
 INLINE void encode_rows_of(const struct encode_task *task, const struct traits traits,

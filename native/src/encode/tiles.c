@@ -37,14 +37,18 @@ INLINE vec choose_scale(const vec *x, const vec *w, int columns, const struct le
     return pick(scale_error(x, w, columns, levels, splat(0)) < error, splat(0), best);
 }
 
-/* Codes as the tile stores them: q of s (q - 1.5), s (q - 8), or s q with q signed. */
-INLINE void round_levels(const vec *x, int columns, const struct levels levels, float zero, vec scale,
+/* Codes as the tile stores them: q of s (q - 1.5), s (q - 8), or s q with q signed. The scale then takes its gain. */
+INLINE void round_levels(const vec *x, const vec *w, int columns, const struct levels levels, float zero, vec *scale,
                          uint8_t (*codes)[PANEL], int half) {
-    vec inv = inverse(scale);
+    vec inv = inverse(*scale), xx = splat(0), xq = splat(0);
     for (int i = 0; i < columns; i++) {
-        vec level = nearest_level(levels, x[i] * inv);
+        vec level = nearest_level(levels, x[i] * inv), wx = w[i] * x[i];
+        xx += wx * x[i];
+        xq += wx * (*scale * level);
         for (int l = 0; l < LANES; l++) codes[i][half * LANES + l] = (uint8_t)(int)(level[l] + zero);
     }
+    for (int l = 0; l < LANES; l++)
+        if (fine_enough((*scale)[l])) (*scale)[l] = half_to_float(scale_to_half((*scale)[l] * unbiased_gain(xx[l], xq[l])));
 }
 
 /* 64 bytes are 16 dwords, one a row; byte b of a dword holds 8 / bits fields, field f is column 4 f + b of the tile. */
@@ -76,13 +80,13 @@ INLINE vec encode_half_panel(const vec *x, const vec *w, int columns, int bits, 
     vec scale;
     if (bits == 2) {
         scale = choose_scale(x, w, columns, u2);
-        round_levels(x, columns, u2, 1.5f, scale, codes, half);
+        round_levels(x, w, columns, u2, 1.5f, &scale, codes, half);
     } else if (bits == 4) {
         scale = choose_scale(x, w, columns, u4);
-        round_levels(x, columns, u4, 8, scale, codes, half);
+        round_levels(x, w, columns, u4, 8, &scale, codes, half);
     } else {
         scale = choose_scale(x, w, columns, u8);
-        round_levels(x, columns, u8, 0, scale, codes, half);
+        round_levels(x, w, columns, u8, 0, &scale, codes, half);
     }
     return scale;
 }
