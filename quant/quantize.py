@@ -1,7 +1,8 @@
 """The stage quantize: every matrix is rounded to nearest onto a block format whose scales fit its statistics.
 
 The error that the scale search makes least is sum_c E[x_c^2] (w_c - q_c)^2 for each row: what the layer's output loses
-if its inputs were uncorrelated. Without statistics every column counts the same.
+if its inputs were uncorrelated. Without statistics every column counts the same. A last gain on the scales keeps the
+layer's output at full strength, which least squares alone would shrink (native/src/encode/search.h).
 """
 
 from __future__ import annotations
