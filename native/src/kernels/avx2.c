@@ -1,5 +1,7 @@
 /* The AVX2 instruction set: activations, float rows, and the table. */
 #ifdef RONDEL_X86
+#include <math.h>
+
 #include "kernels.h"
 #include "round.h"
 #include "x86.h"
@@ -145,12 +147,14 @@ static void axpy_f32(float *y, float scale, const float *x, int64_t n) {
     for (; i < n; i++) y[i] += scale * x[i];
 }
 
-static void axpy_f16(float *y, float scale, const uint16_t *x, int64_t n) {
+static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
     __m256 factor = _mm256_set1_ps(scale);
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(factor, load_halves(x + i), _mm256_loadu_ps(y + i)));
-    for (; i < n; i++) y[i] += scale * _cvtsh_ss(x[i]);
+    for (; i + 8 <= n; i += 8) {
+        __m256 sum = _mm256_fmadd_ps(factor, load_halves(x + i), load_halves(y + i));
+        _mm_storeu_si128((__m128i *)(y + i), _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (; i < n; i++) y[i] = float_to_half(fmaf(scale, _cvtsh_ss(x[i]), _cvtsh_ss(y[i])));
 }
 
 static void butterfly(float *a, float *b, int64_t n) {
@@ -180,7 +184,7 @@ const struct kernels kernels_avx2 = {
     .dot_f32 = dot_f32,
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
-    .axpy_f16 = axpy_f16,
+    .fma_f16 = fma_f16,
     .butterfly = butterfly,
 };
 #endif

@@ -37,16 +37,23 @@ static float dot_row_f32(const void *row, const void *packed, int64_t cols) { re
 static float dot_row_f16(const void *row, const void *packed, int64_t cols) { return dot_f16(row, packed, cols); }
 static float dot_row_bf16(const void *row, const void *packed, int64_t cols) { return dot_bf16(row, packed, cols); }
 
-#define AXPY(LOAD)                                                                                           \
-    __m512 factor = _mm512_set1_ps(scale);                                                                   \
-    for (int64_t i = 0; i < n; i += 16) {                                                                    \
-        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;                                                 \
-        __m512 sum = _mm512_fmadd_ps(factor, LOAD(x + i, mask), load_floats(y + i, mask));                   \
-        _mm512_mask_storeu_ps(y + i, mask, sum);                                                             \
+static void axpy_f32(float *y, float scale, const float *x, int64_t n) {
+    __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;
+        __m512 sum = _mm512_fmadd_ps(factor, load_floats(x + i, mask), load_floats(y + i, mask));
+        _mm512_mask_storeu_ps(y + i, mask, sum);
     }
+}
 
-static void axpy_f32(float *y, float scale, const float *x, int64_t n) { AXPY(load_floats) }
-static void axpy_f16(float *y, float scale, const uint16_t *x, int64_t n) { AXPY(load_halves) }
+static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
+    __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;
+        __m512 sum = _mm512_fmadd_ps(factor, load_halves(x + i, mask), load_halves(y + i, mask));
+        _mm256_mask_storeu_epi16(y + i, mask, _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
 
 static void butterfly(float *a, float *b, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
@@ -70,7 +77,7 @@ const struct kernels kernels_avx512 = {
     .dot_f32 = dot_f32,
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
-    .axpy_f16 = axpy_f16,
+    .fma_f16 = fma_f16,
     .butterfly = butterfly,
 };
 #endif

@@ -16,7 +16,7 @@ struct kernels {
     float (*dot_f32)(const float *a, const float *b, int64_t n);
     float (*dot_f16)(const uint16_t *a, const uint16_t *b, int64_t n);
     void (*axpy_f32)(float *y, float scale, const float *x, int64_t n);
-    void (*axpy_f16)(float *y, float scale, const uint16_t *x, int64_t n);
+    void (*fma_f16)(uint16_t *y, float scale, const uint16_t *x, int64_t n); /* y <- half(scale x + y), rounded once */
     void (*butterfly)(float *a, float *b, int64_t n); /* a, b <- a + b, a - b */
 };
 

@@ -117,8 +117,8 @@ static void axpy_f32(float *y, float scale, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
 }
 
-static void axpy_f16(float *y, float scale, const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] += scale * half_to_float(x[i]);
+static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = float_to_half(fmaf(scale, half_to_float(x[i]), half_to_float(y[i])));
 }
 
 static void butterfly(float *a, float *b, int64_t n) {
@@ -141,6 +141,6 @@ const struct kernels kernels_scalar = {
     .dot_f32 = dot_f32,
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
-    .axpy_f16 = axpy_f16,
+    .fma_f16 = fma_f16,
     .butterfly = butterfly,
 };
