@@ -30,6 +30,23 @@ CALIBRATION = ROOT / "tests" / "models" / "stories.txt"
 CONTEXT = 256
 PERPLEXITY_TOLERANCE = 0.005  # relative: activations are rounded alike, sums are added in another order
 GREEDY_TOKENS = 64
+PROMPTS = (
+    "Once upon a time",
+    "The little dog",
+    "Tom and Lily went to the park. They",
+    "One day, a girl named",
+    "There was a big",
+    "Ben liked to",
+    "The sun was",
+    "Mia saw a",
+    "In the forest",
+    "A boy and his",
+)
+# Activations are rounded to int8 in both programs; where the last bit of a float tips one of these roundings, logits
+# move by up to one percent of the largest. llama.cpp parts from itself there too: with and without flash attention,
+# five to eight of these ten texts agree. So a text may part where two tokens are nearly tied, and only there.
+NEARLY_TIED = 0.015  # of the largest logit
+EQUAL_TEXTS = {"F16": 10, "Q8_0": 6, "Q4_K": 6, "Q2_K": 6}  # of ten, at least; F16 rounds nothing to int8
 
 
 @pytest.fixture(scope="session")
@@ -71,12 +88,20 @@ def rondel_nll(model: Model, tokens: list[int]) -> float:
     return float(told["nll"])
 
 
-def test_greedy_text_is_the_same(gguf: Path) -> None:
+def test_greedy_text_is_the_same(gguf: Path, request: pytest.FixtureRequest) -> None:
     model = Model(gguf)
+    equal = 0
     with Llama(gguf, context=CONTEXT) as peer:
-        for text in ("Once upon a time", "The little dog", "Tom and Lily went to the park. They"):
+        for text in PROMPTS:
             prompt = peer.tokenize(text)
-            assert rondel_greedy(model, prompt, GREEDY_TOKENS) == peer.greedy(prompt, GREEDY_TOKENS)
+            ours, theirs = rondel_greedy(model, prompt, GREEDY_TOKENS), peer.greedy(prompt, GREEDY_TOKENS)
+            equal += ours == theirs
+            if ours != theirs:
+                place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+                logits = Session(model, context=CONTEXT).eval(prompt + ours[:place])[-1]
+                gap = abs(logits[ours[place]] - logits[theirs[place]])
+                assert gap < NEARLY_TIED * np.abs(logits).max(), f"{text!r} parts at token {place} without a near tie"
+    assert equal >= EQUAL_TEXTS[request.node.callspec.params["gguf"]]
 
 
 def test_perplexity_is_the_same(gguf: Path) -> None:
