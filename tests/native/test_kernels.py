@@ -252,7 +252,7 @@ def test_float_rows(tables, isa, n):
         np.testing.assert_allclose(y, np.append(b + np.float32(0.3) * a, 7), rtol=0, atol=1e-6)
         y = np.append(halves[1], np.float16(7))
         table.fma_f16(y.ctypes.data, 0.3, halves[0].ctypes.data, n)
-        exact = halves[1].astype(float) + float(np.float32(0.3)) * halves[0].astype(float)  # exact in float64: rounded once to half
+        exact = halves[1].astype(float) + float(np.float32(0.3)) * halves[0].astype(float)  # in float64
         np.testing.assert_array_equal(y, np.append(exact.astype(np.float32).astype(np.float16), np.float16(7)))
         left, right = np.append(a, np.float32(7)), np.append(b, np.float32(7))
         table.butterfly(left.ctypes.data, right.ctypes.data, n)
