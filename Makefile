@@ -7,6 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The version the tests run with. Without an NVIDIA driver the CPU build: the default build drags in gigabytes of CUDA.
 TORCH  := 2.13.0
 DEMO   ?= demo
+ROUNDS ?= 20
 
 .PHONY: install install-peer native test demo lint format typecheck wheel-check fuzz clean
 
@@ -67,6 +68,14 @@ wheel-check: install
 	    > $$(build/wheel/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
 	cp -r tests build/wheel/tests
 	cd build/wheel && venv/bin/python -m pytest -q -n 2 -p no:cacheprovider tests --ignore=tests/test_layers.py --ignore=tests/test_docs.py
+
+# Damaged files under the address sanitizer, with nothing but cc; native/fuzz/fuzz_gguf.c says how libFuzzer runs it.
+fuzz: install
+	mkdir -p build/fuzz
+	$(BIN)/rondel export tests/models/stories-4m --type F16 --quiet --force -o build/fuzz/model.gguf
+	$(CC) -g -O1 -std=gnu11 -Wno-psabi -fsanitize=address,undefined -DREPLAY -Inative/include -Inative/src native/fuzz/fuzz_gguf.c \
+	    $$(find native/src -name '*.c' ! -name 'avx*.c') -lm -lpthread -o build/fuzz/fuzz_gguf
+	FUZZ_ROUNDS=$(ROUNDS) build/fuzz/fuzz_gguf build/fuzz/model.gguf
 
 clean:
 	rm -rf build dist $(DEMO)
