@@ -112,6 +112,8 @@ def measure(
         model = stack.enter_context(Model(path))
         if context is None:
             context = compared.context if compared else 512
+        elif compared and text is None and context != compared.context:
+            raise RondelError(f"--context {context}: {base} has windows of {compared.context} tokens; leave it out")
         tokenizer = tokenizer_of(model)
         cut = None if content is None else windows(tokenizer.encode(content), context, chunks)
         if compared:

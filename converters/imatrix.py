@@ -134,7 +134,9 @@ def read_imatrix(path: Path) -> Imatrix:
             is_gguf = file.read(len(MAGIC)) == MAGIC
         return _read_gguf(path) if is_gguf else _read_legacy(path)
     except (OSError, ValueError) as error:
-        raise RondelError(f"{path}: cannot be read as an imatrix ({error})") from error
+        raise RondelError(
+            f"{path}: cannot be read as an imatrix ({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 def write_imatrix(

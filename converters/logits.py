@@ -70,6 +70,8 @@ class LogitsWriter:
     """Writes windows in their order; the file appears under its name when the last one is in. A context manager."""
 
     def __init__(self, path: Path, tokens: NDArray[np.int32], vocabulary: int) -> None:
+        if path.is_dir():
+            raise RondelError(f"{path}: cannot be written: it is a folder")
         self._path, self._partial = path, path.with_name(path.name + ".partial")
         self._windows, self._context = tokens.shape
         self._vocabulary = vocabulary

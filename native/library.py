@@ -37,6 +37,11 @@ def last_error() -> str:
     return ffi.string(lib.rondel_last_error()).decode("utf-8", "replace")
 
 
+def as_int32(number: int) -> int:
+    """`number` for a 32-bit parameter: beyond its range the nearest, which the library refuses in its own words."""
+    return max(-(2**31), min(number, 2**31 - 1))
+
+
 def check(code: int) -> int:
     """Return `code`, or raise `NativeError` where it is negative."""
     if code < 0:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rondel.native.file import File
-from rondel.native.library import check, check_handle, ffi, lib
+from rondel.native.library import as_int32, check, check_handle, ffi, lib
 from rondel.native.machine import cpu_count
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Session:
         self.context = min(model.context, 4096) if context is None else context
         self.threads = cpu_count() if threads is None else threads
         handle = lib.rondel_session_new(
-            model.handle, self.context, min(batch, 65536), self.threads, kv.encode(), replication
+            model.handle, as_int32(self.context), min(batch, 65536), as_int32(self.threads), kv.encode(), replication
         )
         self._handle: Any = ffi.gc(check_handle(handle), lib.rondel_session_free)
 
@@ -188,7 +188,13 @@ class Sampler:
         seed: int = 0,
     ) -> None:
         handle = lib.rondel_sampler_new(
-            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed & 0xFFFF_FFFF_FFFF_FFFF
+            temperature,
+            as_int32(top_k),
+            top_p,
+            min_p,
+            repeat_penalty,
+            as_int32(repeat_last),
+            seed & 0xFFFF_FFFF_FFFF_FFFF,
         )
         self._handle = ffi.gc(check_handle(handle), lib.rondel_sampler_free)
 

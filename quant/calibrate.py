@@ -27,7 +27,7 @@ from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummar
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.hidden_states import FLOAT32_BYTES, HiddenStates
 from rondel.quant.stage import stage_record
-from rondel.quant.workers import Workers
+from rondel.quant.workers import Workers, check_device
 
 IMATRIX = "imatrix.gguf"  # in the output folder: the same statistics for llama-quantize
 HIDDEN_STATES = "hidden-states"  # the folder for them, while calibrate runs
@@ -153,10 +153,7 @@ def _states(source: Checkpoint, text: CalibrationText, folder: Path) -> HiddenSt
 def _validate(source: Checkpoint, device: str) -> None:
     if source.quantized:
         raise RondelError(f"{source.root}: is quantized; calibrate the model it was made from")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RondelError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
+    check_device(device)
 
 
 def _tokenize(source: Checkpoint, config: CalibrateConfig, text: Sequence[Path] | CalibrationText) -> CalibrationText:

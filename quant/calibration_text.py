@@ -64,7 +64,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RondelError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise RondelError(
+            f"{path}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 def _chosen(count: int, wanted: int, seed: int) -> list[int]:

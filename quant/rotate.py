@@ -34,7 +34,7 @@ from rondel.quant.hadamard import (
 from rondel.quant.rotated_stats import MovedStats, check_movable
 from rondel.quant.rotator import Rotator
 from rondel.quant.stage import stage_record
-from rondel.quant.workers import Workers
+from rondel.quant.workers import Workers, check_device
 
 FLOAT32_BYTES = 4
 
@@ -203,6 +203,7 @@ def rotate(
     quantize finds them. Raises RondelError for a rotated or quantized model and for what the family does not allow.
     """
     rotations = validate(source, config, stats)
+    check_device(device)
     target = resolved_target(source, config)
     record = stage_record("rotate", config, source=source, stats=stats)
     output = StageOutput(out, record, force=force, beside=(MOVED,))

@@ -15,12 +15,22 @@ from typing import TypeVar
 
 import torch
 
+from rondel.converters.errors import RondelError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch cannot compute on, before the first long step."""
+    try:
+        torch.ones(1, device=device).cpu()  # both ways: the meta device takes numbers and gives none
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise RondelError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
 
 
 class Workers:

@@ -116,6 +116,8 @@ def test_text_for_people(folder: Path) -> None:
         (["a.gguf", "--text", "text", "--base", "text"], 1, "text: not a file of logits"),
         (["a.gguf", "--text", "other", "--base", "base"], 1, "base: made from another text or context"),
         (["a.gguf", "--text", "text", "--context", "16", "--base", "base"], 1, "its context is 32"),
+        (["a.gguf", "--context", "16", "--base", "base"], 1, "base has windows of 32 tokens"),
+        (["a.gguf", "--text", "text", "--context", "32", "--save-base", "."], 1, "cannot be written: it is a folder"),
         (["more.gguf", "--text", "text", "--base", "base"], 1, "logits over 265 tokens, this model has 266"),
         (
             ["a.gguf", "--text", "text", "--context", "32", "--save-base", "none/base"],

@@ -135,6 +135,13 @@ def test_bounds_are_sentences(tmp_path: Path) -> None:
                 Session(model, **wrong)  # type: ignore[arg-type]
 
 
+def test_numbers_beyond_32_bits_are_refused(tmp_path: Path) -> None:
+    with Model(make(tmp_path)) as model:
+        for settings in ({"context": 10**12}, {"threads": 10**12}):
+            with pytest.raises(NativeError, match="must be"):
+                Session(model, **settings)
+
+
 def test_two_sessions_share_a_model_without_mixing(tmp_path: Path) -> None:
     with Model(make(tmp_path)) as model:
         a, b = Session(model, threads=1), Session(model, threads=1)

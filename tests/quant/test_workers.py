@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rondel.quant.workers import Workers
+from rondel.converters.errors import RondelError
+from rondel.quant.workers import Workers, check_device
 
 
 def test_bits_and_order_do_not_depend_on_the_number_of_threads():
@@ -35,3 +36,10 @@ def test_a_failing_piece_ends_the_work():
     with pytest.raises(ValueError, match="piece 2"), Workers(3) as workers:
         workers.run(fail, range(10))
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("device", ["meta", "nothing"])
+def test_a_device_that_cannot_compute_is_one_sentence(device: str):
+    with pytest.raises(RondelError, match=f"--device {device}: torch cannot use it"):
+        check_device(device)
+    check_device("cpu")
