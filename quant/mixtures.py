@@ -32,13 +32,29 @@ MIXTURES = {
     "Q5_0": "Q5_0",
     "Q5_1": "Q5_1",
     "IQ4_NL": "IQ4_NL",
+    "IQ4_XS": "IQ4_XS",
+    "IQ3_M": "IQ3_S",
+    "IQ3_S": "IQ3_S",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_XXS": "IQ3_XXS",
+    "IQ2_M": "IQ2_S",
+    "IQ2_S": "IQ2_XS",
+    "IQ2_XS": "IQ2_XS",
+    "IQ2_XXS": "IQ2_XXS",
+    "IQ1_M": "IQ1_M",
+    "IQ1_S": "IQ1_S",
 }
+# The mixtures of one and two bits have rules of their own; those in UPPER_TWO keep IQ3_S where the others keep Q2_K.
+ONE_BIT = ("IQ1_S", "IQ1_M")
+UPPER_TWO = ("IQ2_S", "IQ2_M")
+LOW = (*ONE_BIT, "IQ2_XXS", "IQ2_XS", *UPPER_TWO)
 MIXTURE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 TILE_ALIASES = {"U2": "U2-128", "U4": "U4-128", "U8": "U8-128"}
 TILE_ENDS = {"U2": "Q6_K", "U4": "Q6_K", "U8": "Q8_0"}  # embedding and head beside tile formats
 
 # A row that is no multiple of the block: the format with a smaller block that stands in; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACKS |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
 TILE_FALLBACKS = {"U2": "Q4_0", "U4": "Q4_0", "U8": "Q8_0"}  # after the smaller groups
 LAST_FALLBACK = "F16"
 
@@ -120,20 +136,31 @@ def _head(mixture: str, cols: int) -> str:
     default = MIXTURES[mixture]
     if cols % formats()[default].block or default == "Q8_0":
         return "Q8_0"
-    return "Q6_K"
+    return "Q5_K" if mixture in (*LOW, "IQ3_XXS") else "Q6_K"
+
+
+def _embedding(mixture: str) -> str:
+    """The embedding, where it is not the head as well."""
+    if mixture in (*UPPER_TWO, "IQ3_XXS"):
+        return "IQ3_S"
+    return "Q2_K" if mixture in LOW else MIXTURES[mixture]
 
 
 def _values(mixture: str, model: Model, seen: int) -> str:
     """attn_v: small under grouped queries and read by every token, so it gets more than the default."""
     default = chosen = MIXTURES[mixture]
     grouped = model.gqa >= 4
+    if mixture in LOW:
+        return "Q4_K" if grouped else "IQ3_S" if mixture in UPPER_TWO else "Q2_K"
     if mixture == "Q2_K":
         chosen = "Q4_K" if grouped else "Q3_K"
-    elif mixture == "Q2_K_S" and grouped:
+    elif mixture == "IQ3_M" or (mixture in ("Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ3_S") and grouped):
         chosen = "Q4_K"
+    elif mixture == "IQ3_XXS" and not model.importance:
+        chosen = "IQ3_S"
     elif mixture == "Q3_K_M":
         chosen = "Q5_K" if seen < 2 else "Q4_K"
-    elif mixture == "Q3_K_L" or (mixture == "IQ4_NL" and grouped) or (mixture == "Q4_K_S" and seen < 4):
+    elif mixture == "Q3_K_L" or (mixture in ("IQ4_NL", "IQ4_XS") and grouped) or (mixture == "Q4_K_S" and seen < 4):
         chosen = "Q5_K"
     elif mixture in ("Q4_K_M", "Q5_K_M") and uses_more_bits(seen, model.values):
         chosen = "Q6_K"
@@ -146,23 +173,38 @@ def _down(mixture: str, model: Model, seen: int) -> str:
     """ffn_down: reads the widest and most uneven activations."""
     default = MIXTURES[mixture]
     early = seen < model.layers // 8
-    if mixture == "Q2_K":
-        return "Q3_K"
+    everywhere = {"Q2_K": "Q3_K", "Q3_K_L": "Q5_K"}
+    if mixture in everywhere:
+        return everywhere[mixture]
     if mixture == "Q3_K_M":
         return "Q5_K" if seen < model.layers // 16 else "Q4_K"
-    if mixture == "Q3_K_L":
-        return "Q5_K"
     if mixture in ("Q4_K_M", "Q5_K_M") and uses_more_bits(seen, model.layers):
         return "Q6_K"
+    if mixture == "IQ3_XXS" and not model.importance:
+        return "Q4_K" if early else "Q3_K"
     if not early:
         return default
-    with_importance = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "Q4_0": "Q4_1", "Q5_0": "Q5_1"}
-    without = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "IQ4_NL": "Q5_K"}
+    always = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "IQ3_M": "Q4_K"}
+    always |= dict.fromkeys(LOW, "Q2_K") | dict.fromkeys(UPPER_TWO, "IQ3_S")
+    with_importance = always | {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+    without = always | {"IQ4_NL": "Q5_K", "IQ4_XS": "Q5_K"}
     return (with_importance if model.importance else without).get(mixture, default)
 
 
 def _attention_output(mixture: str) -> str:
-    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mixture, MIXTURES[mixture])
+    chosen = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_XXS": "IQ3_S", "IQ3_M": "Q4_K"}
+    chosen |= dict.fromkeys(ONE_BIT, "IQ2_XXS") | dict.fromkeys(UPPER_TWO, "IQ3_S")
+    return chosen.get(mixture, MIXTURES[mixture])
+
+
+def _queries_and_keys(mixture: str) -> str:
+    return {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"}.get(mixture, MIXTURES[mixture])
+
+
+def _gate_or_up(mixture: str, model: Model, seen: int) -> str:
+    """IQ3_XS saves on the middle layers."""
+    middle = model.layers // 8 <= seen < 7 * model.layers // 8
+    return "IQ3_XXS" if mixture == "IQ3_XS" and middle else MIXTURES[mixture]
 
 
 @dataclass(frozen=True)
@@ -189,6 +231,20 @@ class Policy:
     output: str | None = None
 
 
+# What the rules tell apart, by a piece of the name.
+PARTS = ("attn_v.weight", "ffn_down", "attn_output.weight", "attn_q.weight", "attn_k.weight", "ffn_gate", "ffn_up")
+
+
+def _by_part(part: str, mixture: str, model: Model, seen: int) -> str:
+    if part == "attn_v.weight":
+        return _values(mixture, model, seen)
+    if part == "ffn_down":
+        return _down(mixture, model, seen)
+    if part == "attn_output.weight":
+        return _attention_output(mixture)
+    return _queries_and_keys(mixture) if part.startswith("attn") else _gate_or_up(mixture, model, seen)
+
+
 def _by_rule(name: str, cols: int, policy: Policy, model: Model, seen: dict[str, int]) -> str:
     """The mixture's own choice. `seen` counts the tensors of a part that the rules decided so far."""
     mixture = policy.mixture
@@ -197,14 +253,14 @@ def _by_rule(name: str, cols: int, policy: Policy, model: Model, seen: dict[str,
         return policy.output or TILE_ENDS[mixture.partition("-")[0]] if head or name == EMBEDDING else mixture
     if head:
         return policy.output or _head(mixture, cols)
-    part = next((part for part in ("attn_v.weight", "ffn_down", "attn_output.weight") if part in name), None)
+    if name == EMBEDDING:
+        return _embedding(mixture)
+    part = next((part for part in PARTS if part in name), None)
     if part is None:
         return MIXTURES[mixture]
     position = seen.get(part, 0)
     seen[part] = position + 1
-    if part == "attn_v.weight":
-        return _values(mixture, model, position)
-    return _down(mixture, model, position) if part == "ffn_down" else _attention_output(mixture)
+    return _by_part(part, mixture, model, position)
 
 
 def choose_formats(shapes: Mapping[str, tuple[int, ...]], policy: Policy, model: Model) -> dict[str, Choice]:

@@ -83,6 +83,26 @@ ALL = list(range(LAYERS))
         ("Q5_K_M", "attn_v", "Q6_K", MORE_BITS),
         ("Q5_K_S", "attn_v", "Q5_K", ALL),
         ("IQ4_NL", "ffn_down", "Q5_K", [0, 1]),
+        ("IQ4_XS", "ffn_down", "Q5_K", [0, 1]),
+        ("IQ3_M", "attn_v", "Q4_K", ALL),
+        ("IQ3_M", "ffn_down", "Q4_K", [0, 1]),
+        ("IQ3_M", "attn_output", "Q4_K", ALL),
+        ("IQ3_S", "attn_v", "IQ3_S", ALL),
+        ("IQ3_XS", "attn_q", "IQ3_XXS", ALL),
+        ("IQ3_XS", "ffn_up", "IQ3_XXS", ALL[2:14]),
+        ("IQ3_XXS", "attn_k", "IQ2_S", ALL),
+        ("IQ3_XXS", "attn_v", "IQ3_S", ALL),
+        ("IQ3_XXS", "attn_output", "IQ3_S", ALL),
+        ("IQ3_XXS", "ffn_down", "Q4_K", [0, 1]),
+        ("IQ3_XXS", "ffn_down", "Q3_K", ALL[2:]),
+        ("IQ2_M", "attn_v", "IQ3_S", ALL),
+        ("IQ2_M", "attn_output", "IQ3_S", ALL),
+        ("IQ2_S", "ffn_down", "IQ3_S", [0, 1]),
+        ("IQ2_XXS", "attn_v", "Q2_K", ALL),
+        ("IQ2_XXS", "attn_output", "IQ2_XXS", ALL),
+        ("IQ2_XS", "ffn_down", "Q2_K", [0, 1]),
+        ("IQ1_M", "attn_output", "IQ2_XXS", ALL),
+        ("IQ1_S", "ffn_down", "Q2_K", [0, 1]),
         ("Q4_0", "ffn_down", "Q4_0", ALL),
     ],
 )
@@ -95,7 +115,11 @@ def test_rules_that_ask_for_grouped_queries_statistics_or_size() -> None:
     assert layers_with(chosen(Policy("Q2_K_S"), model(gqa=8)), "attn_v", "Q4_K") == ALL
     assert layers_with(chosen(Policy("IQ4_NL"), model(gqa=4)), "attn_v", "Q5_K") == ALL
     assert layers_with(chosen(Policy("Q4_K_S"), model(class_70b=True)), "attn_v", "Q5_K") == ALL
+    assert layers_with(chosen(Policy("IQ3_XXS"), model(gqa=4)), "attn_v", "Q4_K") == ALL
+    assert layers_with(chosen(Policy("IQ2_XS"), model(gqa=4, class_70b=True)), "attn_v", "Q4_K") == ALL
     measured = model(importance=True)
+    assert layers_with(chosen(Policy("IQ3_XXS"), measured), "ffn_down", "IQ3_XXS") == ALL
+    assert layers_with(chosen(Policy("IQ4_XS"), measured), "ffn_down", "Q5_K") == []
     assert layers_with(chosen(Policy("IQ4_NL"), measured), "ffn_down", "Q5_K") == []
     assert layers_with(chosen(Policy("Q4_0"), measured), "ffn_down", "Q4_1") == [0, 1]
     assert layers_with(chosen(Policy("Q5_0"), measured), "ffn_down", "Q5_1") == [0, 1]
@@ -104,8 +128,10 @@ def test_rules_that_ask_for_grouped_queries_statistics_or_size() -> None:
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_head_and_embedding(mixture: str) -> None:
     formats = chosen(Policy(mixture), model())
-    assert formats["output.weight"] == ("Q8_0" if mixture == "Q8_0" else "Q6_K")
-    assert formats["token_embd.weight"] == MIXTURES[mixture]
+    low = mixture.startswith(("IQ1", "IQ2")) or mixture == "IQ3_XXS"
+    assert formats["output.weight"] == ("Q8_0" if mixture == "Q8_0" else "Q5_K" if low else "Q6_K")
+    finer = {"IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S", "IQ3_XXS": "IQ3_S"}.get(mixture, "Q2_K")
+    assert formats["token_embd.weight"] == (finer if low else MIXTURES[mixture])
     tied = chosen(Policy(mixture), model(tied=True))
     assert tied["token_embd.weight"] == formats["output.weight"]
 
@@ -129,6 +155,8 @@ def test_norms_and_biases_are_left_alone() -> None:
         ("Q6_K", 172, "F16"),
         ("Q8_0", 172, "F16"),
         ("IQ4_NL", 172, "F16"),
+        ("IQ4_XS", 96, "IQ4_NL"),
+        ("IQ2_XXS", 896, "IQ4_NL"),
         ("U4-256", 128, "U4-128"),
         ("U4-128", 192, "U4-64"),
         ("U4-64", 96, "Q4_0"),
@@ -188,10 +216,11 @@ def test_names() -> None:
 BIG = {"width": 256, "hidden": 256, "heads": 4, "layers": 16}
 PEER_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "grouped": (BIG | {"kv_heads": 1}, tuple(MIXTURES)),
-    "ungrouped": (BIG | {"kv_heads": 4}, ("Q2_K", "IQ4_NL")),
+    "ungrouped": (BIG | {"kv_heads": 4}, ("Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_M")),
     "narrow": ({"width": 64, "hidden": 172, "layers": 8, "tied": True}, tuple(MIXTURES)),
 }
-NEEDS_AN_IMATRIX = "Q2_K_S"  # llama.cpp refuses it without one
+# llama.cpp refuses these without one
+NEEDS_AN_IMATRIX = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
 
 
 @pytest.mark.peer
@@ -203,7 +232,7 @@ def test_llama_quantize_chooses_the_same_formats(shape: str, tmp_path: Path) -> 
     source = open_checkpoint(tiny_model("llama", tmp_path / "hf", **sizes))
     (exported,) = export(source, tmp_path / "f16.gguf", ExportConfig(type="F16"))
     for mixture in mixtures:
-        if mixture == NEEDS_AN_IMATRIX:
+        if mixture in NEEDS_AN_IMATRIX:
             continue
         number = file_type(mixture)
         assert number is not None

@@ -82,7 +82,9 @@ def decoded(source: Checkpoint, name: str) -> np.ndarray:
     return decode(info.format, source.packed(name).data.numpy(), *info.shape)
 
 
-@pytest.mark.parametrize("type_", ["Q2_K", "Q4_K_M", "Q3_K_S", "Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "U4", "U8-64"])
+@pytest.mark.parametrize(
+    "type_", ["Q2_K", "Q4_K_M", "Q3_K_S", "Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ3_M", "IQ2_XXS", "U4", "U8-64"]
+)
 def test_writes_what_it_plans(model: Checkpoint, tmp_path: Path, type_: str) -> None:
     config = QuantizeConfig(type_, target="rondel" if type_[0] == "U" else None)
     planned = json.loads(json.dumps(plan(model, config)))

@@ -9,13 +9,11 @@
 #define SIZE 32
 #define ROUNDS 2 /* of refit and rounding to the stored half; kept only where the error falls */
 
-static const float iq4_nl_levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
 /* The grids: small enough divisors that the largest weight may be clipped by nearly half where others weigh more. */
 static const struct levels q8_0 = {-127, 127, 0, 0, 125.5f, 0.5f, 5, 0};
 static const struct levels q5_0 = {-16, 15, 0, 0, 14.0f, 0.25f, 14, 1};
 static const struct levels q4_0 = {-8, 7, 0, 0, 6.0f, 0.25f, 18, 1};
-static const struct levels iq4_nl = {0, 15, 0, iq4_nl_levels, 100.0f, 5.0f, 13, 1};
+static const struct levels iq4_nl = {0, 15, 0, iq4_table, 100.0f, 5.0f, 13, 1};
 static const struct ranges q4_1 = {-0.02f, 0.03f, 6}, q5_1 = {-0.01f, 0.02f, 5};
 
 /* Eight blocks, columns across: x[i][l] is column i of block l. Lanes past `blocks` are zero. */
@@ -95,7 +93,7 @@ INLINE void round_levels(const vec *x, const vec *w, const struct levels levels,
         for (int l = 0; l < LANES; l++) {
             int code = 0;
             if (levels.table)
-                while (levels.table[code] < level[l]) code++;
+                code = table_code(levels.table, level[l]);
             else
                 code = (int)(level[l] + zero);
             codes[l][i] = (uint8_t)code;

@@ -25,7 +25,15 @@ static encode_rows encoder_of(int format) {
     case FMT_Q3_K:
     case FMT_Q4_K:
     case FMT_Q5_K:
-    case FMT_Q6_K: return encode_superblocks;
+    case FMT_Q6_K:
+    case FMT_IQ4_XS: return encode_superblocks;
+    case FMT_IQ1_S:
+    case FMT_IQ1_M:
+    case FMT_IQ2_XXS:
+    case FMT_IQ2_XS:
+    case FMT_IQ2_S:
+    case FMT_IQ3_XXS:
+    case FMT_IQ3_S: return encode_codebooks;
     case FMT_Q4_0:
     case FMT_Q4_1:
     case FMT_Q5_0:

@@ -24,7 +24,8 @@ uint16_t scale_to_half(float wish);
 /* Encodes rows [first, last) of a task; `first` is a multiple of the format's rows. */
 void encode_floats(const struct encode_task *task, int64_t first, int64_t last);      /* F32, F16, BF16 */
 void encode_blocks(const struct encode_task *task, int64_t first, int64_t last);      /* blocks of 32 */
-void encode_superblocks(const struct encode_task *task, int64_t first, int64_t last); /* K types, 256 */
+void encode_superblocks(const struct encode_task *task, int64_t first, int64_t last); /* K types and IQ4_XS, 256 */
+void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last);   /* IQ1, IQ2, IQ3 */
 void encode_tiles(const struct encode_task *task, int64_t first, int64_t last);       /* U2, U4, U8 */
 
 /* Bits of one block from its codes, in column order, and its stored scales. */
@@ -44,5 +45,22 @@ void pack_q3_k(const struct superblock *from, uint8_t *block);
 void pack_q4_k(const struct superblock *from, uint8_t *block);
 void pack_q5_k(const struct superblock *from, uint8_t *block);
 void pack_q6_k(const struct superblock *from, uint8_t *block);
+void pack_iq4_xs(const struct superblock *from, uint8_t *block);
+
+/* A codebook type's 256 columns between choice and packing; unused fields are zero. */
+struct codewords {
+    uint16_t d;
+    uint8_t scale[16];  /* s of every sub-block */
+    uint16_t index[64]; /* of every codeword of eight (or four) weights */
+    uint8_t signs[32];  /* bit j: weight j of eight is negative */
+    uint8_t down[32];   /* IQ1: eight weights are shifted down, not up */
+};
+void pack_iq1_s(const struct codewords *from, uint8_t *block);
+void pack_iq1_m(const struct codewords *from, uint8_t *block);
+void pack_iq2_xxs(const struct codewords *from, uint8_t *block);
+void pack_iq2_xs(const struct codewords *from, uint8_t *block);
+void pack_iq2_s(const struct codewords *from, uint8_t *block);
+void pack_iq3_xxs(const struct codewords *from, uint8_t *block);
+void pack_iq3_s(const struct codewords *from, uint8_t *block);
 
 #endif

@@ -105,3 +105,17 @@ void pack_q6_k(const struct superblock *from, uint8_t *block) {
     memcpy(block + 192, from->scale, 16);
     put_half(block + 208, from->d);
 }
+
+/* d, upper two bits of eight scales + 32 in a word, low nibbles in four bytes, then nibbles of 32 columns after another */
+void pack_iq4_xs(const struct superblock *from, uint8_t *block) {
+    unsigned high = 0;
+    put_half(block, from->d);
+    memset(block + 4, 0, 4);
+    for (int s = 0; s < 8; s++) {
+        unsigned stored = (unsigned)(from->scale[s] + 32);
+        high |= stored >> 4 << 2 * s;
+        block[4 + s / 2] |= (uint8_t)((stored & 15) << s % 2 * 4);
+        pack_nibbles(from->codes + 32 * s, block + 8 + 16 * s);
+    }
+    put_half(block + 2, (uint16_t)high);
+}

@@ -18,6 +18,15 @@ struct levels {
     int count, both_signs;
 };
 
+/* The levels of IQ4_NL and IQ4_XS. */
+static const float iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+INLINE int table_code(const float *table, float level) {
+    int code = 0;
+    while (table[code] < level) code++;
+    return code;
+}
+
 /* The level nearest to v. */
 INLINE vec nearest_level(const struct levels levels, vec v) {
     if (levels.table) {

@@ -1,4 +1,4 @@
-/* K types: 256 columns share d (and dmin), sub-blocks of 16 or 32 have small whole scales (and mins).
+/* K types and IQ4_XS: 256 columns share d (and dmin), sub-blocks of 16 or 32 have small whole scales (and mins).
  *
  * Choice, in three steps that each look at the error of the weights, never at that of the scales:
  *   1. every sub-block finds the scale (and offset) it would like, free of the others (search.h);
@@ -31,6 +31,9 @@ static const struct traits q3_k = {
 static const struct traits q6_k = {
     .depth = 16, .scale_lo = -128, .scale_hi = 127, .levels = {-32, 31, 0, 0, 29.0f, 0.5f, 9, 1}};
 
+static const struct traits iq4_xs = {
+    .depth = 32, .scale_lo = -32, .scale_hi = 31, .levels = {0, 15, 0, iq4_table, 90.0f, 6.0f, 11, 1}};
+
 /* 256 weights with sub-blocks across the lanes: x[g * depth + i][l] is column i of sub-block 8 g + l. */
 struct block {
     vec x[COLUMNS / LANES], w[COLUMNS / LANES];
@@ -61,7 +64,7 @@ INLINE float lane_max(vec a) {
     return most;
 }
 
-/* ---- a scale alone: Q3_K, Q6_K ---- */
+/* ---- a scale alone: Q3_K, Q6_K, IQ4_XS ---- */
 
 /* Step 2: d from the wishes t and the curvature qq of every sub-block. */
 INLINE float grid_scale(const struct traits traits, int groups, const vec *t, const vec *xq, const vec *qq) {
@@ -260,7 +263,10 @@ INLINE void round_codes(const struct block *b, const struct traits traits, const
                 q = whole_within((x - offset) * inv, 0, traits.top);
             else
                 q = nearest_level(traits.levels, x * inv) - traits.levels.lo;
-            for (int l = 0; l < LANES; l++) to->codes[(g * LANES + l) * traits.depth + i] = (uint8_t)q[l];
+            for (int l = 0; l < LANES; l++) {
+                int code = traits.levels.table ? table_code(traits.levels.table, q[l]) : (int)q[l];
+                to->codes[(g * LANES + l) * traits.depth + i] = (uint8_t)code;
+            }
             vec wx = b->w[g * traits.depth + i] * x;
             xx += wx * x;
             xq += wx * (scale * (q + traits.levels.lo) + offset);
@@ -296,6 +302,7 @@ CLONES void encode_superblocks(const struct encode_task *task, int64_t first, in
     case FMT_Q3_K: encode_rows_of(task, q3_k, pack_q3_k, first, last); break;
     case FMT_Q4_K: encode_rows_of(task, q4_k, pack_q4_k, first, last); break;
     case FMT_Q5_K: encode_rows_of(task, q5_k, pack_q5_k, first, last); break;
-    default: encode_rows_of(task, q6_k, pack_q6_k, first, last); break;
+    case FMT_Q6_K: encode_rows_of(task, q6_k, pack_q6_k, first, last); break;
+    default: encode_rows_of(task, iq4_xs, pack_iq4_xs, first, last); break;
     }
 }
