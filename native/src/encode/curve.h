@@ -3,6 +3,7 @@
  * A codeword q leaves sum w (x - t q)^2 = sum w x^2 - t (2 b - t a) with a = sum w q^2 and b = sum w x q, which do not
  * depend on the scale t. So at scale t the nearest codeword is the one whose line 2 b - t a is highest: the upper
  * envelope of those lines lists the exact nearest codewords for all t, and there are a dozen of them, not 256 or 2048.
+ * Only scales from half to twice the usual one are searched so; beyond, one vertex stands for several.
  * Envelopes add: at every scale the best codes of a sub-block are the best codes of its parts. */
 #ifndef RONDEL_ENCODE_CURVE_H
 #define RONDEL_ENCODE_CURVE_H
