@@ -43,6 +43,14 @@ def quantize(
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="An imatrix GGUF of llama.cpp, instead of --stats.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="rtn: every column counts the same. imatrix: columns count by their statistics. Default: imatrix.",
+        ),
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
     tensor: Annotated[
         list[str] | None,
@@ -87,6 +95,7 @@ def quantize(
         raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
     config = stage.QuantizeConfig(
         type=type_,
+        method=method,
         pure=pure,
         tensors=tuple(parse_override(text) for text in tensor or ()),
         embedding_type=embedding_type,

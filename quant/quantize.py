@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
-from rondel.native.formats import Bytes, Floats, NativeError, decode, encode, format_bytes
+from rondel.native.formats import format_bytes
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
+from rondel.quant.methods import Method, method_named
 from rondel.quant.mixtures import (
     Choice,
     Policy,
@@ -35,10 +35,11 @@ from rondel.quant.mixtures import (
     mixture_named,
     model_of,
 )
+from rondel.quant.rounding import round_matrix, stored
 from rondel.quant.stage import stage_record
 
 TARGETS = ("llama.cpp", "rondel")
-WEIGHTS_AT_ONCE = 1 << 26  # rounded in one call: bounds the float copy of a large embedding to 256 MiB
+DEFAULT_METHOD = "imatrix"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class QuantizeConfig:
     `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
     leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
     that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
-    mixture's rules off.
+    mixture's rules off. `method` is a name of methods.py.
     """
 
     type: str = "Q4_K_M"
+    method: str | None = None  # None: imatrix
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None
@@ -66,9 +68,16 @@ class _Task:
 
     source: Checkpoint
     config: QuantizeConfig  # with canonical names and the target filled in
+    method: Method
     importance: Importance | None
     choices: dict[str, Choice]
     warnings: list[str]
+
+    def means(self, name: str) -> Means | None:
+        """How much each column of a matrix counts, or None where all count the same."""
+        if self.importance is None or not self.method.weighted:
+            return None
+        return self.importance.of(self.source, name)
 
     def record(self) -> dict[str, Any]:
         """The stage's record for the manifest."""
@@ -91,6 +100,7 @@ def _resolve(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfig:
     resolved = replace(
         config,
         type=mixture_named(config.type),
+        method=method_named(DEFAULT_METHOD if config.method is None else config.method).name,
         tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
         embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
         output_type=format_named(config.output_type) if config.output_type else None,
@@ -133,14 +143,17 @@ def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importan
     )
     model = model_of(source.family, source.numbers, shapes, importance is not None)
     choices = choose_formats(shapes, policy, model)
-    return _Task(source, config, importance, choices, _warnings(source, config, importance, choices))
+    method = method_named(str(config.method))
+    return _Task(source, config, method, importance, choices, _warnings(source, method, importance, choices))
 
 
 def _warnings(
-    source: Checkpoint, config: QuantizeConfig, importance: Importance | None, choices: dict[str, Choice]
+    source: Checkpoint, method: Method, importance: Importance | None, choices: dict[str, Choice]
 ) -> list[str]:
     warnings = []
-    if importance is None:
+    if not method.weighted:
+        pass
+    elif importance is None:
         warnings.append("no statistics: every input channel counts the same; calibrate first for a better model")
     else:
         check_importance(importance, source, list(choices))
@@ -196,48 +209,6 @@ def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance |
     }
 
 
-def _pieces(rows: int, cols: int) -> Iterator[slice]:
-    """Row ranges of at most WEIGHTS_AT_ONCE weights, whole panels of the tile formats."""
-    step = max(16, WEIGHTS_AT_ONCE // cols // 16 * 16)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
-
-
-def _error_sums(weights: Floats, decoded: Floats, importance: Means | None) -> tuple[float, float]:
-    """sum of importance * (weights - decoded)^2 and of importance * weights^2."""
-    lost = np.square(weights - decoded, dtype=np.float64).sum(0)
-    whole = np.square(weights, dtype=np.float64).sum(0)
-    counts = np.ones(len(lost)) if importance is None else importance.astype(np.float64)
-    return float(lost @ counts), float(whole @ counts)
-
-
-def _rounded(
-    name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int
-) -> tuple[Bytes, float]:
-    """The packed bytes of a matrix, and its weighted relative squared error."""
-    rows, cols = weights.shape
-    parts, lost, whole = [], 0.0, 0.0
-    for piece in _pieces(rows, cols):
-        values = weights[piece].to(torch.float32).contiguous().numpy()
-        try:
-            packed = encode(format, values, importance, threads=threads)
-        except NativeError as error:
-            where = f"{name}, from row {piece.start} on" if piece.start else name
-            raise RondelError(f"{where}: {error}") from error
-        decoded = decode(format, packed, *values.shape)
-        piece_lost, piece_whole = _error_sums(values, decoded, importance)
-        lost, whole = lost + piece_lost, whole + piece_whole
-        parts.append(packed)
-    return np.concatenate(parts), lost / whole if whole > 0 else 0.0
-
-
-def _stored(format: str, packed: Bytes, shape: tuple[int, ...]) -> torch.Tensor | Packed:
-    """Floats are stored as floats, so that every later stage can read them."""
-    data = torch.from_numpy(packed)
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return data.view(kinds[format]).reshape(shape) if format in kinds else Packed(data, format, shape)
-
-
 def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str], threads: int) -> None:
     tensors: dict[str, torch.Tensor | Packed] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -247,9 +218,9 @@ def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str],
         if choice is None:
             tensors[name] = weights.to(torch.float32)
             continue
-        means = task.importance.of(task.source, name) if task.importance else None
-        packed, error = _rounded(name, weights, choice.format, means, threads)
-        tensors[name] = _stored(choice.format, packed, tuple(weights.shape))
+        means = task.means(name)
+        packed, error = round_matrix(name, weights, choice.format, means, threads)
+        tensors[name] = stored(choice.format, packed, tuple(weights.shape))
         # six digits: the sum's last ones depend on the machine
         results[name] = _describe(task, name) | {"error": float(f"{error:.6g}"), "weighted": means is not None}
     output.write(shard, tensors, results)

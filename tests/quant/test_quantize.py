@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rondel.converters.stats import Stats, open_stats
 from rondel.native.formats import decode, format_bytes
 from rondel.quant import quantize as stage
 from rondel.quant.importance import open_imatrix
+from rondel.quant.methods import method_named
 from rondel.quant.quantize import QuantizeConfig, plan, quantize
 from rondel.quant.stage import stage_record
 from tests.tiny import tiny_model
@@ -246,3 +248,22 @@ def test_resumes_behind_the_last_finished_shard(
     assert not shards  # a finished output is left as it is
     with pytest.raises(RondelError, match="--force"):
         quantize(model, tmp_path / "out", QuantizeConfig("Q2_K"), stats)
+
+
+def test_methods(model: Checkpoint, tmp_path: Path) -> None:
+    """rtn takes no notice of the statistics, imatrix is what happens unasked."""
+    stats = make_stats(model, tmp_path / "stats")
+    config = QuantizeConfig("Q3_K_S")
+    plain = quantize(model, tmp_path / "plain", config)
+    weighted = quantize(model, tmp_path / "weighted", config, stats)
+    for method, same in (("rtn", plain), ("imatrix", weighted)):
+        made = quantize(model, tmp_path / method, replace(config, method=method), stats)
+        assert made.stages[-1]["config"]["method"] == method
+        for name in ("blk.0.ffn_down.weight", "output.weight"):
+            assert made.info(name).sha256 == same.info(name).sha256, (method, name)
+
+
+@pytest.mark.parametrize("name", ["gptk", "", "imatrix+", "+imatrix", "imatrix+rtn", "awq+awq+imatrix"])
+def test_unknown_methods_are_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(RondelError, match=r"--method .*: expected one of rtn, imatrix"):
+        method_named(name)

@@ -1,0 +1,60 @@
+"""Rounds one matrix onto a block format, and measures what that loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from rondel.converters.errors import RondelError
+from rondel.converters.folder import Packed
+from rondel.native.formats import Bytes, Floats, NativeError, decode, encode
+from rondel.quant.importance import Means
+
+WEIGHTS_AT_ONCE = 1 << 26  # rounded in one call: bounds the float copy of a large embedding to 256 MiB
+
+
+def row_pieces(rows: int, cols: int) -> Iterator[slice]:
+    """Row ranges of at most WEIGHTS_AT_ONCE weights, whole panels of the tile formats."""
+    step = max(16, WEIGHTS_AT_ONCE // cols // 16 * 16)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+def error_sums(weights: Floats, decoded: Floats, importance: Means | None) -> tuple[float, float]:
+    """sum of importance * (weights - decoded)^2 and of importance * weights^2."""
+    lost = np.square(weights - decoded, dtype=np.float64).sum(0)
+    whole = np.square(weights, dtype=np.float64).sum(0)
+    counts = np.ones(len(lost)) if importance is None else importance.astype(np.float64)
+    return float(lost @ counts), float(whole @ counts)
+
+
+def round_matrix(
+    name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int
+) -> tuple[Bytes, float]:
+    """Round a matrix (rows, cols) to nearest: its packed bytes and its weighted relative squared error.
+
+    `importance` (cols,) says how much each column counts; `name` is for the message about weights that are not finite.
+    """
+    rows, cols = weights.shape
+    parts, lost, whole = [], 0.0, 0.0
+    for piece in row_pieces(rows, cols):
+        values = weights[piece].to(torch.float32).contiguous().numpy()
+        try:
+            packed = encode(format, values, importance, threads=threads)
+        except NativeError as error:
+            where = f"{name}, from row {piece.start} on" if piece.start else name
+            raise RondelError(f"{where}: {error}") from error
+        decoded = decode(format, packed, *values.shape)
+        piece_lost, piece_whole = error_sums(values, decoded, importance)
+        lost, whole = lost + piece_lost, whole + piece_whole
+        parts.append(packed)
+    return np.concatenate(parts), lost / whole if whole > 0 else 0.0
+
+
+def stored(format: str, packed: Bytes, shape: tuple[int, ...]) -> torch.Tensor | Packed:
+    """The tensor to write: floats are stored as floats, so that every later stage can read them."""
+    data = torch.from_numpy(packed)
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return data.view(kinds[format]).reshape(shape) if format in kinds else Packed(data, format, shape)
