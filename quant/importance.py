@@ -36,7 +36,7 @@ class Importance:
         """
         if self.stats is None:
             return self.matrices.get(name)
-        layer, site = _site(source, name)
+        layer, site = site_of(source, name)
         if site is None or not self.stats.has(layer, site):
             return None
         return self.stats.diagonal(layer, site).numpy()
@@ -61,7 +61,8 @@ def importance_of(stats: Stats) -> Importance:
     return Importance(stats=stats, name=str(stats.root), calibration=stats.calibration)
 
 
-def _site(source: Checkpoint, name: str) -> tuple[int | None, str | None]:
+def site_of(source: Checkpoint, name: str) -> tuple[int | None, str | None]:
+    """Layer and site of what a matrix reads; (None, None) for the embedding, which is looked up."""
     if name == OUTPUT:
         return None, OUTPUT_IN
     if not name.startswith("blk."):
