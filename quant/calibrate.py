@@ -16,15 +16,15 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
+from rondel.converters.family import EMBEDDING, block_tensor
 from rondel.converters.folder import read_manifest, read_tensor
-from rondel.converters.huggingface import huggingface_block, huggingface_config
 from rondel.converters.imatrix import write_imatrix
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
 from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
+from rondel.quant.decoder_layers import DecoderLayers
 from rondel.quant.hidden_states import FLOAT32_BYTES, HiddenStates
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import Workers, check_device
@@ -46,40 +46,6 @@ class CalibrateConfig:
     chat: bool = False  # wrap every document in the model's chat template
 
 
-class _Layers:
-    """transformers' decoder layers of a checkpoint, made one at a time, and what they share."""
-
-    def __init__(self, source: Checkpoint, device: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.source = source
-        self.device = device
-        config = huggingface_config(source)
-        config.num_hidden_layers = 1
-        with torch.device("meta"):
-            # "sdpa" without a mask is causal; "eager" would attend to the future.
-            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model.eval()
-        self._rope = type(self._skeleton.rotary_emb)(config=config).to(device)
-
-    def load(self, layer: int) -> torch.nn.Module:
-        """The decoder layer with its weights, F32; it replaces the one before."""
-        module = self._skeleton.layers[0]
-        weights = {name: tensor.to(self.device) for name, tensor in huggingface_block(self.source, layer).items()}
-        module.load_state_dict(weights, strict=True, assign=True)
-        return module
-
-    def positions(self, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of RoPE for positions 0..context-1."""
-        x = torch.empty(1, context, 1, device=self.device)
-        return self._rope(x, position_ids=torch.arange(context, device=self.device)[None])
-
-    def norm(self) -> torch.nn.Module:
-        """The norm behind the last layer."""
-        module = self._skeleton.norm
-        module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
-        return module
-
-
 class _Run:
     """One calibration: the windows pass layer after layer."""
 
@@ -88,7 +54,7 @@ class _Run:
         self.text = text
         self.config = config
         self.device = device
-        self.layers = _Layers(source, device)
+        self.layers = DecoderLayers(source, device)
         self.rope = self.layers.positions(config.context)
         self.windows = range(len(text.windows))
 

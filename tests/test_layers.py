@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 LIVES_IN = {
     "torch": ("quant/", "converters/"),
-    "transformers": ("converters/huggingface.py", "quant/calibrate.py"),
+    "transformers": ("converters/huggingface.py", "quant/decoder_layers.py"),
     "gguf": ("converters/",),
     "typer": ("cli/",),
     "rich": ("cli/",),

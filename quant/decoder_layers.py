@@ -1,0 +1,46 @@
+"""Owns transformers' decoder layers of a checkpoint outside a whole model: one is made at a time.
+
+Calibration, the sensitivities and sequential quantization run them over windows of text, whose hidden states they keep.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.family import OUTPUT_NORM
+from rondel.converters.huggingface import huggingface_block, huggingface_config
+
+
+class DecoderLayers:
+    """transformers' decoder layers of a checkpoint, made one at a time, and what they share."""
+
+    def __init__(self, source: Checkpoint, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.source = source
+        self.device = device
+        config = huggingface_config(source)
+        config.num_hidden_layers = 1
+        with torch.device("meta"):
+            # "sdpa" without a mask is causal; "eager" would attend to the future.
+            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model.eval()
+        self._rope = type(self._skeleton.rotary_emb)(config=config).to(device)
+
+    def load(self, layer: int) -> torch.nn.Module:
+        """The decoder layer with its weights, F32; it replaces the one before."""
+        module = self._skeleton.layers[0]
+        weights = {name: tensor.to(self.device) for name, tensor in huggingface_block(self.source, layer).items()}
+        module.load_state_dict(weights, strict=True, assign=True)
+        return module
+
+    def positions(self, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of RoPE for positions 0..context-1."""
+        x = torch.empty(1, context, 1, device=self.device)
+        return self._rope(x, position_ids=torch.arange(context, device=self.device)[None])
+
+    def norm(self) -> torch.nn.Module:
+        """The norm behind the last layer."""
+        module = self._skeleton.norm
+        module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
+        return module
