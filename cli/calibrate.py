@@ -48,7 +48,9 @@ def calibrate(
     """Measure what every linear layer of MODEL sees on text.
 
     One decoder layer is in memory at a time. The output holds, for every place that linear layers read, the second
-    moments of the activations, their largest values and the number of tokens; rotate and quantize use them.
+    moments of the activations, their largest values and the number of tokens; rotate and quantize use them. It also
+    holds the text itself, as token ids, because quantize runs the model on it again: treat it as confidential as the
+    text.
 
     Example:
 

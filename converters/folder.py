@@ -20,6 +20,7 @@ __all__ = [
     "FLOAT_FORMATS",
     "MANIFEST",
     "MANIFEST_VERSION",
+    "PLAIN_FORMATS",
     "Packed",
     "TensorFolder",
     "TensorInfo",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 FLOAT_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PLAIN_FORMATS = FLOAT_FORMATS | {torch.int32: "I32"}  # I32: token ids, in statistics alone
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class TensorFolder:
             raise RondelError(f"{self.root}: there is no tensor {name}") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """A float tensor as it is stored (F32, F16 or BF16)."""
+        """A tensor as it is stored (F32, F16, BF16, or I32 for token ids)."""
         info = self.info(name)
         if info.packed:
             raise RondelError(f"{self.root}: {name} is quantized ({info.format}), a float tensor is needed here")
         tensor = read_tensor(self.root / info.shard, name)
-        found = FLOAT_FORMATS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        found = PLAIN_FORMATS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
         if found != (info.format, info.shape):
             raise RondelError(
                 f"{self.root / info.shard}: {name} is {found[0]} {list(found[1])}, the manifest says "

@@ -12,7 +12,7 @@ from rondel.converters.errors import RondelError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-FLOATS = ("F32", "F16", "BF16")
+PLAIN = ("F32", "F16", "BF16", "I32")  # stored as they are; every other format is blocks
 HEADER_LIMIT = 100_000_000  # bytes: what the safetensors format allows a header to have
 CHUNK = 1 << 24  # bytes hashed at a time
 
@@ -23,14 +23,14 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    format: str  # "F32", "F16", "BF16", or a block format such as "Q4_K" or "U4-128"
+    format: str  # one of PLAIN, or a block format such as "Q4_K" or "U4-128"
     shard: str  # file name inside the folder
     sha256: str  # of the stored bytes
 
     @property
     def packed(self) -> bool:
-        """Whether the stored bytes are blocks rather than floats."""
-        return self.format not in FLOATS
+        """Whether the stored bytes are blocks rather than plain numbers."""
+        return self.format not in PLAIN
 
 
 def digest_of(value: Any) -> str:

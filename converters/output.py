@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rondel.converters.errors import RondelError
-from rondel.converters.folder import FLOAT_FORMATS, Packed, TensorFolder, sha256_of
+from rondel.converters.folder import PLAIN_FORMATS, Packed, TensorFolder, sha256_of
 from rondel.converters.journal import (
     JOURNAL,
     append_journal,
@@ -167,8 +167,8 @@ class StageOutput:
             packed = isinstance(tensor, Packed)
             data = tensor.data if isinstance(tensor, Packed) else tensor
             raw[name] = data.detach().cpu().contiguous()
-            form = tensor.format if isinstance(tensor, Packed) else FLOAT_FORMATS[tensor.dtype]
-            assert packed or raw[name].dtype in FLOAT_FORMATS
+            form = tensor.format if isinstance(tensor, Packed) else PLAIN_FORMATS[tensor.dtype]
+            assert packed or raw[name].dtype in PLAIN_FORMATS
             entries[name] = _entry(form, tensor.shape, file, sha256_of(raw[name]))
         temporary = self.partial / f"{file}.tmp"
         with writing(self.partial / file):

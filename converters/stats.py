@@ -14,6 +14,8 @@ from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
 
 OUTPUT_IN: Site = "output_in"  # the head's input: the one site outside the blocks
 MOVED = "stats"  # where rotate puts the statistics that it moved, inside the rotated checkpoint
+TEXT = "text"  # the shard of the token windows
+WINDOWS = "windows"  # int32 (windows, context)
 
 
 def site_tensor(layer: int | None, site: str, what: str) -> str:
@@ -49,6 +51,20 @@ class Stats(TensorFolder):
     def count(self, layer: int | None, site: str) -> int:
         """The number of tokens behind a site's means."""
         return int(self._site(layer, site, "count").item())
+
+    def windows(self) -> torch.Tensor | None:
+        """Token ids (windows, context) int64 of the text behind the statistics; None for statistics without them."""
+        if WINDOWS not in self:
+            return None
+        windows = self.read(WINDOWS)
+        vocabulary = self.manifest.get("hyperparameters", {}).get("vocabulary", 0)
+        whole = windows.dtype == torch.int32 and windows.dim() == 2 and windows.numel() > 0
+        if not whole or not bool(((windows >= 0) & (windows < vocabulary)).all()):
+            raise RondelError(
+                f"{self.root}: {WINDOWS} is {windows.dtype} {list(windows.shape)}, expected int32 windows of tokens "
+                f"below {vocabulary}; the folder is damaged, calibrate this model again"
+            )
+        return windows.to(torch.int64)
 
     @property
     def rotations(self) -> list[dict[str, Any]]:

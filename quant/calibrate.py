@@ -21,7 +21,7 @@ from rondel.converters.folder import read_manifest, read_tensor
 from rondel.converters.imatrix import write_imatrix
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
-from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
+from rondel.converters.stats import OUTPUT_IN, TEXT, WINDOWS, Stats, site_tensor
 from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.decoder_layers import DecoderLayers
@@ -136,6 +136,7 @@ def plan(source: Checkpoint, config: CalibrateConfig, text: Sequence[Path] | Cal
     sizes = [numbers.size(source.family.readers(site)[0].cols) for site in source.family.sites] * numbers.layers
     # A diagonal, the largest values and a count; the full second moment on top.
     elements = sum(2 * size + 1 + (0 if config.diagonal else size * size) for size in [*sizes, numbers.width])
+    elements += windows.tokens
     states = windows.tokens * numbers.width * FLOAT32_BYTES
     return {
         "stage": "calibrate",
@@ -162,8 +163,9 @@ def calibrate(
 ) -> Stats:
     """Run a float model over text files (or windows of token ids) and write the statistics of every site to `out`.
 
-    Beside them lies `out`/imatrix.gguf, llama.cpp's form of the diagonals. Raises RondelError for quantized models, for
-    text that does not fill a window, and for activations that are not finite.
+    The token ids are written too, since quantize runs the model on them again. Beside them lies `out`/imatrix.gguf,
+    llama.cpp's form of the diagonals. Raises RondelError for quantized models, for text that does not fill a window,
+    and for activations that are not finite.
     """
     _validate(source, device)
     windows = _tokenize(source, config, text)
@@ -176,6 +178,8 @@ def calibrate(
     with Workers(threads if device == "cpu" else 1) as workers:
         shards = _measure(run, states, output, workers, progress)
     states.remove()
+    if not output.done(TEXT):
+        output.write(TEXT, {WINDOWS: windows.windows.to(torch.int32)})
     _write_imatrix(source, windows, output, shards)
     carried = source.carried()
     kept = ("family", "hyperparameters", "source", "rotations")
@@ -187,7 +191,7 @@ def calibrate(
         "residual": summaries,
         "stages": [*source.stages, record],
     }
-    output.finish(shards, manifest)
+    output.finish([*shards, TEXT], manifest)
     return Stats(out, read_manifest(out))
 
 

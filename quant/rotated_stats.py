@@ -15,7 +15,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT_NORM, block_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.rotation import Rotation
-from rondel.converters.stats import MOVED, OUTPUT_IN, Stats, site_tensor
+from rondel.converters.stats import MOVED, OUTPUT_IN, TEXT, WINDOWS, Stats, site_tensor
 from rondel.quant.fold import foldable_norms
 from rondel.quant.hadamard import rotate_channels
 from rondel.quant.workers import Workers
@@ -119,6 +119,10 @@ class MovedStats:
         for shard, places in shards.items():
             if not output.done(shard):
                 output.write(shard, {name: tensor for place in places for name, tensor in self.site(*place).items()})
+        if WINDOWS in self.stats:
+            shards[TEXT] = []
+            if not output.done(TEXT):
+                output.write(TEXT, {WINDOWS: self.stats.read(WINDOWS)})
         manifest = {
             key: value for key, value in self.stats.manifest.items() if key not in ("tensors", "manifest_version")
         }

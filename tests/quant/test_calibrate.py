@@ -198,3 +198,17 @@ def test_plan_tells_the_size(tmp_path):
     stats: Stats = calibrate(source, tmp_path / "calib", CONFIG, text)
     assert told["tensor_bytes"] == sum(4 * stats.read(name).numel() for name in stats.names())
     assert told["tokens"] == 160
+
+
+def test_the_text_travels_as_token_ids(tmp_path):
+    source, text = model("qwen3", tmp_path), windows()
+    stats = calibrate(source, tmp_path / "calib", CONFIG, text)
+    rotate(source, tmp_path / "rotated", RotateConfig(), stats)
+    for found in (stats, open_stats(tmp_path / "rotated")):
+        assert found.info("windows").format == "I32"
+        assert torch.equal(found.windows(), text.windows)
+    old = Stats(stats.root, {**stats.manifest, "tensors": {}})
+    assert old.windows() is None
+    small = {**stats.manifest["hyperparameters"], "vocabulary": 100}
+    with pytest.raises(RondelError, match="expected int32 windows of tokens below 100"):
+        Stats(stats.root, {**stats.manifest, "hyperparameters": small}).windows()
