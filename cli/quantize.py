@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,9 +48,18 @@ def quantize(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="rtn: every column counts the same. imatrix: columns count by their statistics. Default: imatrix.",
+            help="rtn: round to nearest. imatrix: columns count by their statistics. Default: imatrix.",
         ),
     ] = None,
+    granularity: Annotated[
+        Literal["group", "channel", "tensor"],
+        typer.Option(
+            "--granularity",
+            metavar="group|channel|tensor",
+            help="With rtn: which weights share a scale. Q4_0, Q5_0, Q8_0, U2, U4 and U8 round symmetrically, Q4_1 and "
+            "Q5_1 with an offset; the other formats know groups alone.",
+        ),
+    ] = "group",
     pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
     tensor: Annotated[
         list[str] | None,
@@ -96,6 +105,7 @@ def quantize(
     config = stage.QuantizeConfig(
         type=type_,
         method=method,
+        granularity=granularity,
         pure=pure,
         tensors=tuple(parse_override(text) for text in tensor or ()),
         embedding_type=embedding_type,

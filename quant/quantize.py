@@ -23,7 +23,7 @@ from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
-from rondel.native.formats import format_bytes
+from rondel.native.formats import encode, format_bytes
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import Method, method_named
 from rondel.quant.mixtures import (
@@ -36,6 +36,7 @@ from rondel.quant.mixtures import (
     model_of,
 )
 from rondel.quant.rounding import round_matrix, stored
+from rondel.quant.rtn import AffineEncoder, check_granularity
 from rondel.quant.stage import stage_record
 
 TARGETS = ("llama.cpp", "rondel")
@@ -49,11 +50,13 @@ class QuantizeConfig:
     `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
     leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
     that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
-    mixture's rules off. `method` is a name of methods.py.
+    mixture's rules off. `method` is a name of methods.py; `granularity` says which weights share a scale with rtn
+    ("group", "channel" or "tensor").
     """
 
     type: str = "Q4_K_M"
     method: str | None = None  # None: imatrix
+    granularity: str = "group"  # of rtn: the others choose the scales of every group
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None
@@ -144,6 +147,7 @@ def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importan
     model = model_of(source.family, source.numbers, shapes, importance is not None)
     choices = choose_formats(shapes, policy, model)
     method = method_named(str(config.method))
+    check_granularity(method.rounding, config.granularity, {name: choice.format for name, choice in choices.items()})
     return _Task(source, config, method, importance, choices, _warnings(source, method, importance, choices))
 
 
@@ -219,7 +223,8 @@ def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str],
             tensors[name] = weights.to(torch.float32)
             continue
         means = task.means(name)
-        packed, error = round_matrix(name, weights, choice.format, means, threads)
+        encoder = AffineEncoder(weights, task.config.granularity) if task.method.rounding == "rtn" else encode
+        packed, error = round_matrix(name, weights, choice.format, means, threads, encoder=encoder)
         tensors[name] = stored(choice.format, packed, tuple(weights.shape))
         # six digits: the sum's last ones depend on the machine
         results[name] = _describe(task, name) | {"error": float(f"{error:.6g}"), "weighted": means is not None}

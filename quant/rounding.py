@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,14 @@ from rondel.native.formats import Bytes, Floats, NativeError, decode, encode
 from rondel.quant.importance import Means
 
 WEIGHTS_AT_ONCE = 1 << 26  # rounded in one call: bounds the float copy of a large embedding to 256 MiB
+
+
+class Encoder(Protocol):
+    """What rounds some rows (rows, cols) of a matrix: `rondel.native.formats.encode`, or another in its form."""
+
+    def __call__(self, name: str, weights: Floats, importance: Means | None = None, *, threads: int = 1) -> Bytes:
+        """The packed bytes in the format `name`."""
+        ...
 
 
 def row_pieces(rows: int, cols: int) -> Iterator[slice]:
@@ -31,7 +40,7 @@ def error_sums(weights: Floats, decoded: Floats, importance: Means | None) -> tu
 
 
 def round_matrix(
-    name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int
+    name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int, *, encoder: Encoder = encode
 ) -> tuple[Bytes, float]:
     """Round a matrix (rows, cols) to nearest: its packed bytes and its weighted relative squared error.
 
@@ -42,7 +51,7 @@ def round_matrix(
     for piece in row_pieces(rows, cols):
         values = weights[piece].to(torch.float32).contiguous().numpy()
         try:
-            packed = encode(format, values, importance, threads=threads)
+            packed = encoder(format, values, importance, threads=threads)
         except NativeError as error:
             where = f"{name}, from row {piece.start} on" if piece.start else name
             raise RondelError(f"{where}: {error}") from error
