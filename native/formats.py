@@ -61,9 +61,7 @@ def encode(name: str, weights: Floats, importance: Floats | None = None, *, thre
     packed = np.empty(format_bytes(name, rows, cols), np.uint8)
     column_weights = ffi.NULL
     if importance is not None:
-        importance = np.ascontiguousarray(importance, np.float32)
-        if importance.shape != (cols,):
-            raise NativeError(f"importance has shape {importance.shape}, expected ({cols},): one value per column")
+        importance = _importance(importance, cols)
         column_weights = _pointer("float *", importance)
     check(
         lib.rondel_encode(
@@ -71,6 +69,32 @@ def encode(name: str, weights: Floats, importance: Floats | None = None, *, thre
         )
     )
     return packed
+
+
+def feeds_back(name: str) -> bool:
+    """Whether `encode_feedback` writes this format."""
+    return bool(lib.rondel_format_feeds_back(name.encode()))
+
+
+def encode_feedback(name: str, weights: Floats, importance: Floats | None, upper: Floats) -> tuple[Bytes, Floats]:
+    """Round one block of columns, (rows, block), in turn, with error feedback (GPTQ, Frantar et al. 2023; LDLQ).
+
+    `upper` (block, block) is U of inverse second moment = U^T U; scales are searched first, with `importance` (block,).
+    Returns the packed block and the errors (rows, block) = (weight - decoded) / U_jj of each column when it was
+    rounded: columns behind the block take their weights less errors @ U.
+    """
+    weights = _matrix(weights, "weights")
+    packed = np.empty(format_bytes(name, *weights.shape), np.uint8)
+    if importance is not None:
+        importance = _importance(importance, weights.shape[1])
+    return packed, _feed_back(name, packed, weights, importance, upper, keep_scales=False)
+
+
+def reencode_feedback(name: str, packed: Bytes, weights: Floats, upper: Floats) -> tuple[Bytes, Floats]:
+    """As `encode_feedback`, under the scales that the packed block already has: new codes alone."""
+    weights = _matrix(weights, "weights")
+    packed = _checked(name, packed, *weights.shape).copy()
+    return packed, _feed_back(name, packed, weights, None, upper, keep_scales=True)
 
 
 def decode(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
@@ -112,6 +136,38 @@ def _matrix(array: Floats, what: str) -> Floats:
     if array.ndim != 2:
         raise NativeError(f"{what} must be a matrix, got shape {array.shape}")
     return array
+
+
+def _importance(importance: Floats, cols: int) -> Floats:
+    importance = np.ascontiguousarray(importance, np.float32)
+    if importance.shape != (cols,):
+        raise NativeError(f"importance has shape {importance.shape}, expected ({cols},): one value per column")
+    return importance
+
+
+def _feed_back(
+    name: str, packed: Bytes, weights: Floats, importance: Floats | None, upper: Floats, *, keep_scales: bool
+) -> Floats:
+    """Codes into `packed`; returns the errors."""
+    rows, block = weights.shape
+    upper = np.ascontiguousarray(upper, np.float32)
+    if upper.shape != (block, block):
+        raise NativeError(f"upper has shape {upper.shape}, expected ({block}, {block}): the block of the weights")
+    errors = np.empty((rows, block), np.float32)
+    check(
+        lib.rondel_encode_feedback(
+            name.encode(),
+            _pointer("float *", weights),
+            ffi.NULL if importance is None else _pointer("float *", importance),
+            _pointer("float *", upper),
+            rows,
+            block,
+            keep_scales,
+            _pointer("void *", packed),
+            _pointer("float *", errors),
+        )
+    )
+    return errors
 
 
 def _checked(name: str, packed: Bytes, rows: int, cols: int) -> Bytes:

@@ -10,7 +10,7 @@ from rondel.native import _rondel
 
 ffi = _rondel.ffi
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class NativeError(Exception):

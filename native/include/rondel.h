@@ -29,6 +29,13 @@ int32_t rondel_decode(const char *format, const void *packed, int64_t rows, int6
 /* importance: (cols,) non-negative weights of the squared error, or NULL. Same bytes for any `threads`. */
 int32_t rondel_encode(const char *format, const float *weights, const float *importance, int64_t rows, int64_t cols,
                       int32_t threads, void *packed);
+int32_t rondel_format_feeds_back(const char *format);               /* 0: rondel_encode_feedback does not write it */
+/* One block of columns, (rows, block), with error feedback from column to column inside it. importance: (block,) or NULL,
+ * of the search for scales; where keep_scales, those in `packed` stay. upper: (block, block), U on and above the diagonal,
+ * inverse second moment = U^T U. errors: (rows, block), (weight - decoded) / U_jj of every column when it was rounded;
+ * columns behind the block take their weights less errors times U. */
+int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
+                               int64_t rows, int64_t block, int32_t keep_scales, void *packed, float *errors);
 /* outputs (n, rows) = inputs (n, cols) times packed (rows, cols) transposed, as the runtime computes it */
 int32_t rondel_matmul(const char *format, const void *packed, int64_t rows, int64_t cols, const float *inputs,
                       int64_t n, int32_t threads, float *outputs);

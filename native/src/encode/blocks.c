@@ -74,7 +74,8 @@ INLINE void choose_affine(const vec *x, const vec *w, float top, const struct ra
 }
 
 /* The stored scale (and offset) of every lane times its gain. */
-INLINE void store_gain(vec *t, vec *u, vec xx, vec xq) {
+INLINE void store_gain(vec *t, vec *u, vec xx, vec xq, int biased) {
+    if (biased) return;
     for (int l = 0; l < LANES; l++) {
         float gain = fine_enough((*t)[l]) && fine_enough((*u)[l]) ? unbiased_gain(xx[l], xq[l]) : 1;
         (*t)[l] = half_to_float(scale_to_half((*t)[l] * gain));
@@ -83,7 +84,7 @@ INLINE void store_gain(vec *t, vec *u, vec xx, vec xq) {
 }
 
 /* Round: codes of every lane from its scale, which then takes its gain; `zero` is the code of level 0. */
-INLINE void round_levels(const vec *x, const vec *w, const struct levels levels, vec *scale, float zero,
+INLINE void round_levels(const vec *x, const vec *w, const struct levels levels, vec *scale, float zero, int biased,
                          uint8_t codes[LANES][SIZE]) {
     vec inv = inverse(*scale), xx = splat(0), xq = splat(0);
     for (int i = 0; i < SIZE; i++) {
@@ -100,10 +101,10 @@ INLINE void round_levels(const vec *x, const vec *w, const struct levels levels,
         }
     }
     vec none = splat(0);
-    store_gain(scale, &none, xx, xq);
+    store_gain(scale, &none, xx, xq, biased);
 }
 
-INLINE void round_affine(const vec *x, const vec *w, float top, vec *t, vec *u, uint8_t codes[LANES][SIZE]) {
+INLINE void round_affine(const vec *x, const vec *w, float top, vec *t, vec *u, int biased, uint8_t codes[LANES][SIZE]) {
     vec inv = inverse(*t), xx = splat(0), xq = splat(0);
     for (int i = 0; i < SIZE; i++) {
         vec q = whole_within((x[i] - *u) * inv, 0, top), wx = w[i] * x[i];
@@ -111,10 +112,10 @@ INLINE void round_affine(const vec *x, const vec *w, float top, vec *t, vec *u, 
         xq += wx * (*t * q + *u);
         for (int l = 0; l < LANES; l++) codes[l][i] = (uint8_t)q[l];
     }
-    store_gain(t, u, xx, xq);
+    store_gain(t, u, xx, xq, biased);
 }
 
-static void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block) {
+void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block) {
     uint16_t d = float_to_half(scale), m = float_to_half(offset);
     if (format == FMT_Q8_0) {
         pack_q8_0(codes, d, block);
@@ -134,21 +135,22 @@ static void pack_block(int format, const uint8_t *codes, float scale, float offs
     pack_nibbles(codes, block);
 }
 
-INLINE void encode_levels(const vec *x, const vec *w, const struct levels levels, float zero, vec *scale,
+INLINE void encode_levels(const vec *x, const vec *w, const struct levels levels, float zero, int biased, vec *scale,
                           uint8_t codes[LANES][SIZE]) {
     *scale = choose_scale(x, w, levels);
-    round_levels(x, w, levels, scale, zero, codes);
+    round_levels(x, w, levels, scale, zero, biased, codes);
 }
 
-INLINE void encode_ranges(const vec *x, const vec *w, float top, const struct ranges ranges, vec *scale, vec *offset,
-                          uint8_t codes[LANES][SIZE]) {
+INLINE void encode_ranges(const vec *x, const vec *w, float top, const struct ranges ranges, int biased, vec *scale,
+                          vec *offset, uint8_t codes[LANES][SIZE]) {
     choose_affine(x, w, top, ranges, scale, offset);
-    round_affine(x, w, top, scale, offset, codes);
+    round_affine(x, w, top, scale, offset, biased, codes);
 }
 
 CLONES void encode_blocks(const struct encode_task *task, int64_t first, int64_t last) {
     int bytes = format_table[task->format].bytes;
     int64_t per_row = task->cols / SIZE;
+    int biased = task->biased;
     for (int64_t row = first; row < last; row++)
         for (int64_t at = 0; at < per_row; at += LANES) {
             vec x[SIZE], w[SIZE], scale = splat(0), offset = splat(0);
@@ -156,12 +158,12 @@ CLONES void encode_blocks(const struct encode_task *task, int64_t first, int64_t
             int blocks = per_row - at < LANES ? (int)(per_row - at) : LANES;
             load_blocks(task->weights + row * task->cols + at * SIZE, task->importance + at * SIZE, blocks, x, w);
             switch (task->format) {
-            case FMT_Q8_0: encode_levels(x, w, q8_0, 0, &scale, codes); break;
-            case FMT_Q5_0: encode_levels(x, w, q5_0, 16, &scale, codes); break;
-            case FMT_Q4_0: encode_levels(x, w, q4_0, 8, &scale, codes); break;
-            case FMT_IQ4_NL: encode_levels(x, w, iq4_nl, 0, &scale, codes); break;
-            case FMT_Q4_1: encode_ranges(x, w, 15, q4_1, &scale, &offset, codes); break;
-            default: encode_ranges(x, w, 31, q5_1, &scale, &offset, codes); break;
+            case FMT_Q8_0: encode_levels(x, w, q8_0, 0, biased, &scale, codes); break;
+            case FMT_Q5_0: encode_levels(x, w, q5_0, 16, biased, &scale, codes); break;
+            case FMT_Q4_0: encode_levels(x, w, q4_0, 8, biased, &scale, codes); break;
+            case FMT_IQ4_NL: encode_levels(x, w, iq4_nl, 0, biased, &scale, codes); break;
+            case FMT_Q4_1: encode_ranges(x, w, 15, q4_1, biased, &scale, &offset, codes); break;
+            default: encode_ranges(x, w, 31, q5_1, biased, &scale, &offset, codes); break;
             }
             for (int l = 0; l < blocks; l++)
                 pack_block(task->format, codes[l], scale[l], offset[l],

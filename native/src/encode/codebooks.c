@@ -4,7 +4,7 @@
  * Choice: curve.h gives the exact best codes of every unit of eight weights at every scale, so a sub-block's best scale
  * follows without a search, and what any d and s would leave is one look-up. d comes from a grid of stored halves and is
  * refitted in closed form. Codes are then rounded against the choice, and d takes the gain that search.h explains. */
-#include "kernels/codebooks.h"
+#include "books.h"
 #include "encode.h"
 
 #include <math.h>
@@ -17,28 +17,6 @@
 #define GRID 28  /* candidates of d */
 #define ROUNDS 3 /* of refit */
 #define LEAST_WEIGHT 9.0e-13f /* 2^-40: below it every weight is nearer to zero than to the smallest scale */
-
-enum beside { EVEN_SIGNS, FREE_SIGNS, SHIFT_OF_32, SHIFT_OF_8 };
-
-struct book {
-    const uint16_t *words;
-    int entries, width, depth; /* weights of a codeword; columns of a scale */
-    int most;                  /* largest s */
-    enum beside beside;
-    float fraction;            /* weight = d fraction (2 s + 1) level */
-    float levels[8];           /* of a field of a word; those of IQ1 are in steps of its eighth */
-};
-
-#define LEVELS_2 {8, 25, 43}
-#define LEVELS_1 {-8, 0, 8}
-static const struct book iq1_s = {iq1_codebook, 2048, 8, 32, 7, SHIFT_OF_32, 0.125f, LEVELS_1};
-static const struct book iq1_m = {iq1_codebook, 2048, 8, 16, 7, SHIFT_OF_8, 0.125f, LEVELS_1};
-static const struct book iq2_xxs = {iq2_xxs_codebook, 256, 8, 32, 15, EVEN_SIGNS, 0.125f, LEVELS_2};
-static const struct book iq2_xs = {iq2_xs_codebook, 512, 8, 16, 15, EVEN_SIGNS, 0.125f, LEVELS_2};
-static const struct book iq2_s = {iq2_s_codebook, 1024, 8, 16, 15, FREE_SIGNS, 0.125f, LEVELS_2};
-static const struct book iq3_xxs = {
-    iq3_xxs_codebook, 256, 4, 32, 15, EVEN_SIGNS, 0.25f, {4, 12, 20, 28, 36, 44, 52, 62}};
-static const struct book iq3_s = {iq3_s_codebook, 512, 4, 32, 15, FREE_SIGNS, 1, {1, 3, 5, 7, 9, 11, 13, 15}};
 
 /* What one call works in: the codebook with codewords across lanes, and the sums a, b of every codeword. */
 struct workspace {
@@ -300,7 +278,7 @@ static double round_codes(const struct book *book, const struct workspace *work,
 }
 
 /* One superblock. Weights are scaled by a power of two, so that neither tiny nor huge ones leave float32's range. */
-INLINE void encode_superblock(const struct book book, struct workspace *work, const float *from, const float *w,
+INLINE void encode_superblock(const struct book book, struct workspace *work, const float *from, const float *w, int biased,
                               struct codewords *to) {
     struct curves curves;
     float x[COLUMNS], largest = 0;
@@ -319,7 +297,7 @@ INLINE void encode_superblock(const struct book book, struct workspace *work, co
     if (choice.d == 0) return;
     double along = round_codes(&book, work, &curves, x, w, &choice, to);
     float d = choice.d * unit;
-    to->d = scale_to_half(fine_enough(d) ? d * unbiased_gain(whole, (float)along) : d);
+    to->d = scale_to_half(fine_enough(d) && !biased ? d * unbiased_gain(whole, (float)along) : d);
 }
 
 INLINE void encode_rows_of(const struct encode_task *task, const struct book book,
@@ -329,7 +307,7 @@ INLINE void encode_rows_of(const struct encode_task *task, const struct book boo
     load_levels(&book, &work);
     for (int64_t at = first * task->cols; at < last * task->cols; at += COLUMNS) {
         struct codewords codewords;
-        encode_superblock(book, &work, task->weights + at, task->importance + at % task->cols, &codewords);
+        encode_superblock(book, &work, task->weights + at, task->importance + at % task->cols, task->biased, &codewords);
         pack(&codewords, task->packed + at / COLUMNS * bytes);
     }
 }

@@ -14,9 +14,7 @@
  * themselves, where a zero would leave them undefined. */
 #define IMPORTANCE_FLOOR 1e-6
 
-typedef void (*encode_rows)(const struct encode_task *task, int64_t first, int64_t last);
-
-static encode_rows encoder_of(int format) {
+encode_rows encoder_of(int format) {
     switch (format) {
     case FMT_F32:
     case FMT_F16:
@@ -57,7 +55,7 @@ static float limit_of(int format) {
     }
 }
 
-static int check_weights(const char *name, int format, const float *weights, int64_t rows, int64_t cols) {
+int check_weights(const char *name, int format, const float *weights, int64_t rows, int64_t cols) {
     float limit = limit_of(format);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c++) {
@@ -71,7 +69,7 @@ static int check_weights(const char *name, int format, const float *weights, int
 }
 
 /* Positive, with mean 1; all ones where nothing is given or nothing was seen. */
-static int prepare_importance(const float *from, int64_t cols, float *to) {
+int prepare_importance(const float *from, int64_t cols, float *to) {
     double total = 0;
     for (int64_t c = 0; from && c < cols; c++) {
         if (!isfinite(from[c]) || from[c] < 0)
@@ -108,7 +106,7 @@ EXPORT int32_t rondel_format_encodes(const char *format) {
 
 EXPORT int32_t rondel_encode(const char *format, const float *weights, const float *importance, int64_t rows, int64_t cols,
                              int32_t threads, void *packed) {
-    struct encode_task task = {format_find(format), weights, NULL, rows, cols, packed};
+    struct encode_task task = {format_find(format), weights, NULL, rows, cols, packed, 0};
     if (task.format < 0) return -1;
     if (!encoder_of(task.format))
         return set_error("rondel runs %s but does not write it: choose another format", format);

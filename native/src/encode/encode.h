@@ -16,6 +16,7 @@ struct encode_task {
     const float *importance; /* (cols,), positive, mean 1 */
     int64_t rows, cols;
     uint8_t *packed;
+    int biased; /* scales stay at least squares, without the last gain */
 };
 
 /* The scale as it is stored: nearest half, finite, and not zero unless the wish is. */
@@ -28,10 +29,37 @@ void encode_superblocks(const struct encode_task *task, int64_t first, int64_t l
 void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last);   /* IQ1, IQ2, IQ3 */
 void encode_tiles(const struct encode_task *task, int64_t first, int64_t last);       /* U2, U4, U8 */
 
+/* What an encoder is given: which one (NULL: the format is decoded and run, not written), and checks with set_error. */
+typedef void (*encode_rows)(const struct encode_task *task, int64_t first, int64_t last);
+encode_rows encoder_of(int format);
+int check_weights(const char *name, int format, const float *weights, int64_t rows, int64_t cols);
+int prepare_importance(const float *from, int64_t cols, float *to); /* NULL: all ones */
+
+/* One block of columns with chosen scales, whose codes are rounded with feedback. */
+struct feedback_task {
+    int format;
+    const float *weights; /* (rows, block) */
+    const float *upper;   /* (block, block), U on and above the diagonal */
+    int64_t rows;
+    int block;
+    uint8_t *packed;      /* scales are read, codes written */
+    float *errors;        /* (rows, block) */
+};
+#define MOST_FEEDBACK 256 /* columns of the largest block */
+void feed_back_levels(const struct feedback_task *task);    /* every column by itself */
+int feed_back_codebooks(const struct feedback_task *task);  /* codeword after codeword; -1: no memory */
+
 /* Bits of one block from its codes, in column order, and its stored scales. */
 void pack_q8_0(const uint8_t *codes, uint16_t d, uint8_t *block);
 void pack_nibbles(const uint8_t *codes, uint8_t *block);                   /* 32 codes of 4 bits: 16 bytes */
 void pack_fifth_bits(const uint8_t *codes, uint8_t *bits);                 /* bit 4 of 32 codes: 4 bytes */
+
+void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block);
+
+/* A panel of 16 rows of U2, U4 or U8 without its scales; returns the end of what it wrote. */
+#define PANEL 16
+int tile_bits(int format);
+uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to);
 
 /* A K type's superblock between choice and packing: scales and mins are small whole numbers. */
 struct superblock {

@@ -249,7 +249,8 @@ INLINE void choose_pairs(const struct block *b, const struct traits traits, stru
 
 /* ---- round and pack ---- */
 
-INLINE void round_codes(const struct block *b, const struct traits traits, const struct choice *c, struct superblock *to) {
+INLINE void round_codes(const struct block *b, const struct traits traits, const struct choice *c, int biased,
+                        struct superblock *to) {
     vec xx = splat(0), xq = splat(0);
     for (int g = 0; g * traits.depth * LANES < COLUMNS; g++) {
         vec scale = c->d * c->k[g], offset = traits.top > 0 ? c->u * c->m[g] : splat(0), inv = inverse(scale);
@@ -272,7 +273,7 @@ INLINE void round_codes(const struct block *b, const struct traits traits, const
             xq += wx * (scale * (q + traits.levels.lo) + offset);
         }
     }
-    float gain = fine_enough(c->d) && fine_enough(c->u) ? unbiased_gain(sum(xx), sum(xq)) : 1;
+    float gain = fine_enough(c->d) && fine_enough(c->u) && !biased ? unbiased_gain(sum(xx), sum(xq)) : 1;
     to->d = scale_to_half(c->d * gain);
     to->dmin = scale_to_half(-c->u * gain);
 }
@@ -291,7 +292,7 @@ INLINE void encode_rows_of(const struct encode_task *task, const struct traits t
                 choose_pairs(&b, traits, &c);
             else
                 choose_scales(&b, traits, &c);
-            round_codes(&b, traits, &c, &to);
+            round_codes(&b, traits, &c, task->biased, &to);
             pack(&to, task->packed + at / COLUMNS * bytes);
         }
 }

@@ -5,7 +5,6 @@
 
 #include <string.h>
 
-#define PANEL 16
 #define MOST_COLUMNS 256
 #define ROUNDS 2
 
@@ -38,7 +37,7 @@ INLINE vec choose_scale(const vec *x, const vec *w, int columns, const struct le
 }
 
 /* Codes as the tile stores them: q of s (q - 1.5), s (q - 8), or s q with q signed. The scale then takes its gain. */
-INLINE void round_levels(const vec *x, const vec *w, int columns, const struct levels levels, float zero, vec *scale,
+INLINE void round_levels(const vec *x, const vec *w, int columns, const struct levels levels, float zero, int biased, vec *scale,
                          uint8_t (*codes)[PANEL], int half) {
     vec inv = inverse(*scale), xx = splat(0), xq = splat(0);
     for (int i = 0; i < columns; i++) {
@@ -47,12 +46,12 @@ INLINE void round_levels(const vec *x, const vec *w, int columns, const struct l
         xq += wx * (*scale * level);
         for (int l = 0; l < LANES; l++) codes[i][half * LANES + l] = (uint8_t)(int)(level[l] + zero);
     }
-    for (int l = 0; l < LANES; l++)
+    for (int l = 0; l < LANES && !biased; l++)
         if (fine_enough((*scale)[l])) (*scale)[l] = half_to_float(scale_to_half((*scale)[l] * unbiased_gain(xx[l], xq[l])));
 }
 
 /* 64 bytes are 16 dwords, one a row; byte b of a dword holds 8 / bits fields, field f is column 4 f + b of the tile. */
-static uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
+uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
     int fields = 8 / bits;
     for (int at = 0; at < columns; at += 4 * fields, to += 64)
         for (int r = 0; r < PANEL; r++)
@@ -64,7 +63,7 @@ static uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8
     return to;
 }
 
-static int bits_of(int format) {
+int tile_bits(int format) {
     switch (format) {
     case FMT_U2_64:
     case FMT_U2_128:
@@ -76,24 +75,25 @@ static int bits_of(int format) {
     }
 }
 
-INLINE vec encode_half_panel(const vec *x, const vec *w, int columns, int bits, uint8_t (*codes)[PANEL], int half) {
+INLINE vec encode_half_panel(const vec *x, const vec *w, int columns, int bits, int biased, uint8_t (*codes)[PANEL],
+                            int half) {
     vec scale;
     if (bits == 2) {
         scale = choose_scale(x, w, columns, u2);
-        round_levels(x, w, columns, u2, 1.5f, &scale, codes, half);
+        round_levels(x, w, columns, u2, 1.5f, biased, &scale, codes, half);
     } else if (bits == 4) {
         scale = choose_scale(x, w, columns, u4);
-        round_levels(x, w, columns, u4, 8, &scale, codes, half);
+        round_levels(x, w, columns, u4, 8, biased, &scale, codes, half);
     } else {
         scale = choose_scale(x, w, columns, u8);
-        round_levels(x, w, columns, u8, 0, &scale, codes, half);
+        round_levels(x, w, columns, u8, 0, biased, &scale, codes, half);
     }
     return scale;
 }
 
 CLONES void encode_tiles(const struct encode_task *task, int64_t first, int64_t last) {
     const struct format_traits *traits = &format_table[task->format];
-    int columns = traits->columns, bits = bits_of(task->format);
+    int columns = traits->columns, bits = tile_bits(task->format);
     uint8_t *to = task->packed + first / PANEL * (task->cols / columns) * traits->bytes;
     vec x[MOST_COLUMNS], w[MOST_COLUMNS];
     uint8_t codes[MOST_COLUMNS][PANEL];
@@ -102,7 +102,7 @@ CLONES void encode_tiles(const struct encode_task *task, int64_t first, int64_t 
             uint16_t scales[PANEL];
             for (int half = 0; half < 2; half++) {
                 load_rows(task, row + half * LANES, column, columns, x, w);
-                vec scale = encode_half_panel(x, w, columns, bits, codes, half);
+                vec scale = encode_half_panel(x, w, columns, bits, task->biased, codes, half);
                 for (int l = 0; l < LANES; l++) scales[half * LANES + l] = float_to_half(scale[l]);
             }
             to = pack_tiles(codes, columns, bits, to);
