@@ -8,8 +8,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 DEMO   ?= demo
 ROUNDS ?= 20
+WINDOWS ?= 16
 
-.PHONY: install install-peer native test demo lint format typecheck wheel-check fuzz clean
+.PHONY: install install-peer native test demo bench-quality lint format typecheck wheel-check fuzz clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +43,10 @@ test: install
 
 demo: install
 	$(BIN)/rondel build configs/demo.toml --output $(DEMO)
+
+# rondel's files and llama-quantize's, judged by unmodified llama.cpp; writes README's table. Long: every type, all texts.
+bench-quality: install-peer
+	$(BIN)/python benchmarks/quality.py --windows $(WINDOWS) --write-readme
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-from tests.peer.llama import _Parameters, find_library
+from tests.peer.llama import find_library
 
 
 @cache
@@ -88,24 +86,3 @@ def ggml_product(ggml_type: int, packed: np.ndarray, rows: int, inputs: np.ndarr
             row, out = packed.ctypes.data + r * row_bytes, outputs[i, r:].ctypes.data
             traits.vec_dot(cols, out, 0, row, 0, activations.ctypes.data, 0, 1)
     return outputs
-
-
-@cache
-def find_quantizer() -> Path | None:
-    """The shared library with llama-quantize's function, or None: prebuilt wheels leave it out."""
-    spec = importlib.util.find_spec("llama_cpp")
-    places = spec.submodule_search_locations if spec else None
-    found = [path for place in places or [] for path in sorted(Path(place).glob("lib/libllama.*"))]
-    return found[0] if found else None
-
-
-def llama_quantize(source: Path, out: Path, file_type: int, threads: int = 1) -> None:
-    """Quantize a float GGUF file as `llama-quantize` does; `file_type` is a general.file_type."""
-    library = ctypes.CDLL(str(find_quantizer()))
-    library.llama_model_quantize_default_params.restype = _Parameters
-    library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Parameters)]
-    library.llama_model_quantize.restype = ctypes.c_uint32
-    parameters = library.llama_model_quantize_default_params()
-    parameters.fields[0:2] = [threads, file_type]  # nthread, ftype: the struct's first two, as they have always been
-    code = library.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
-    assert code == 0, f"llama_model_quantize answers {code}"

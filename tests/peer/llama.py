@@ -35,7 +35,7 @@ class _Batch(ctypes.Structure):
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_quiet = _LOG(lambda level, text, data: None)
+quiet = _LOG(lambda level, text, data: None)
 
 _SIGNATURES = {
     "llama_model_default_params": (_Parameters, []),
@@ -79,7 +79,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_quiet, None)
+    library.llama_log_set(quiet, None)
     library.llama_backend_init()
     return library
 
@@ -153,13 +153,18 @@ class Llama:
             answer.append(int(self.eval(answer[-1:], len(prompt) + len(answer) - 1)[-1].argmax()))
         return answer
 
+    @property
+    def begin(self) -> int | None:
+        """The token that the vocabulary puts before every text, if it does."""
+        return int(self.lib.llama_vocab_bos(self.vocab)) if self.lib.llama_vocab_get_add_bos(self.vocab) else None
+
     def nll(self, tokens: Sequence[int], context: int) -> tuple[float, int]:
         """llama.cpp's perplexity protocol: mean negative log likelihood (nats) of the second half of each window."""
         first, total, count = context // 2, 0.0, 0
         for start in range(0, len(tokens) - context + 1, context):
             window = list(tokens[start : start + context])
-            if self.lib.llama_vocab_get_add_bos(self.vocab):
-                window[0] = self.lib.llama_vocab_bos(self.vocab)
+            if self.begin is not None:
+                window[0] = self.begin
             self.forget()
             logits = self.eval(window)[first:-1].astype(np.float64)
             target = np.array(tokens[start + first + 1 : start + context])

@@ -25,7 +25,7 @@ from rondel.quant.mixtures import (
     mixture_named,
 )
 from rondel.quant.quantize import QuantizeConfig, plan
-from tests.peer.ggml import find_quantizer, llama_quantize
+from tests.peer.quantizer import find_quantizer, llama_quantize
 from tests.tiny import tiny_model
 
 LAYERS = 16
