@@ -97,6 +97,27 @@ def reencode_feedback(name: str, packed: Bytes, weights: Floats, upper: Floats) 
     return packed, _feed_back(name, packed, weights, None, upper, keep_scales=True)
 
 
+def scales(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
+    """Half-precision scales of packed weights, (rows, blocks, 1 or 2): d, then dmin (K types) or m."""
+    packed = _checked(name, packed, rows, cols)
+    count = check(lib.rondel_format_scales(name.encode()))
+    found = np.empty((rows, cols // formats()[name].block, count), np.float32)
+    check(lib.rondel_read_scales(name.encode(), _pointer("void *", packed), rows, cols, _pointer("float *", found)))
+    return found
+
+
+def with_scales(name: str, packed: Bytes, scales: Floats) -> Bytes:
+    """Packed weights with other scales, (rows, blocks, 1 or 2), rounded to halves, all of which must stay finite."""
+    scales = np.ascontiguousarray(scales, np.float32)
+    count = check(lib.rondel_format_scales(name.encode()))
+    if scales.ndim != 3 or scales.shape[2] != count:
+        raise NativeError(f"scales have shape {scales.shape}, expected (rows, blocks, {count}) for {name}")
+    rows, cols = scales.shape[0], scales.shape[1] * formats()[name].block
+    packed = _checked(name, packed, rows, cols).copy()
+    check(lib.rondel_write_scales(name.encode(), _pointer("float *", scales), rows, cols, _pointer("void *", packed)))
+    return packed
+
+
 def decode(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
     """Packed bytes back to (rows, cols) float32, bit for bit as the runtime and ggml's reference see them."""
     packed = _checked(name, packed, rows, cols)

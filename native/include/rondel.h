@@ -36,6 +36,10 @@ int32_t rondel_format_feeds_back(const char *format);               /* 0: rondel
  * columns behind the block take their weights less errors times U. */
 int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
                                int64_t rows, int64_t block, int32_t keep_scales, void *packed, float *errors);
+int32_t rondel_format_scales(const char *format);                   /* halfs of a block: 0, 1 (d) or 2 (d, dmin or m) */
+/* scales: (rows, blocks, halfs of a block), as they are stored; written ones are rounded to the nearest half */
+int32_t rondel_read_scales(const char *format, const void *packed, int64_t rows, int64_t cols, float *scales);
+int32_t rondel_write_scales(const char *format, const float *scales, int64_t rows, int64_t cols, void *packed);
 /* outputs (n, rows) = inputs (n, cols) times packed (rows, cols) transposed, as the runtime computes it */
 int32_t rondel_matmul(const char *format, const void *packed, int64_t rows, int64_t cols, const float *inputs,
                       int64_t n, int32_t threads, float *outputs);

@@ -1,4 +1,4 @@
-"""Error feedback in the encoders: errors against float64, what it gains, identity, hostile weights and factors."""
+"""Error feedback in the encoders: errors against float64, what it gains, hostile input; scales read and written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rondel.native.formats import decode, encode, encode_feedback, feeds_back, formats, reencode_feedback
+from rondel.native.formats import (
+    decode,
+    encode,
+    encode_feedback,
+    feeds_back,
+    formats,
+    reencode_feedback,
+    scales,
+    with_scales,
+)
 from rondel.native.library import NativeError
 
 FORMATS = tuple(name for name in formats() if feeds_back(name))
@@ -139,3 +148,42 @@ def test_hostile_input_is_refused() -> None:
     np.fill_diagonal(wild, 1e-30)
     with pytest.raises(NativeError, match="dampen it"):
         encode_feedback("Q4_K", weights, None, wild)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_are_those_that_decoding_uses(name: str) -> None:
+    rows, cols = 21, 3 * block_of(name)
+    packed = encode(name, some_weights(cols, rows))
+    found = scales(name, packed, rows, cols)
+    assert found.shape[:2] == (rows, 3)
+    np.testing.assert_array_equal(with_scales(name, packed, found), packed)
+    doubled = found.copy()
+    doubled[4, 1] *= 2
+    expected = decode(name, packed, rows, cols)
+    expected[4, block_of(name) : 2 * block_of(name)] *= 2
+    np.testing.assert_array_equal(decode(name, with_scales(name, packed, doubled), rows, cols), expected)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"])
+def test_the_second_scale_is_the_offset(name: str) -> None:
+    cols = block_of(name)
+    packed = encode(name, some_weights(cols))
+    found = scales(name, packed, 24, cols)
+    assert found.shape == (24, 1, 2)
+    found[:, :, 0] = 0
+    offsets = decode(name, with_scales(name, packed, found), 24, cols)
+    found[:, :, 1] *= -2
+    np.testing.assert_array_equal(decode(name, with_scales(name, packed, found), 24, cols), -2 * offsets)
+
+
+def test_scales_that_no_half_holds_are_refused() -> None:
+    packed = encode("IQ1_M", some_weights(512))
+    found = scales("IQ1_M", packed, 24, 512)
+    for value in (np.nan, np.inf, 65520):
+        found[7, 1] = value
+        with pytest.raises(NativeError, match="row 7, block 1"):
+            with_scales("IQ1_M", packed, found)
+    with pytest.raises(NativeError, match=r"expected \(rows, blocks, 2\) for Q4_K"):
+        with_scales("Q4_K", packed, found)
+    with pytest.raises(NativeError, match="F32 has no half-precision scales"):
+        scales("F32", np.zeros((2, 4), np.float32), 2, 4)
