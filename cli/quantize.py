@@ -48,7 +48,8 @@ def quantize(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="rtn: round to nearest. imatrix: columns count by their statistics. Default: imatrix.",
+            help="rtn: round to nearest. imatrix: columns count by their statistics. awq+ or smoothquant+ in front "
+            "folds channel scales into norms and earlier linears; awq alone means awq+imatrix. Default: imatrix.",
         ),
     ] = None,
     granularity: Annotated[
@@ -60,6 +61,14 @@ def quantize(
             "Q5_1 with an offset; the other formats know groups alone.",
         ),
     ] = "group",
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--alpha",
+            metavar="0..1",
+            help="How far awq or smoothquant scales. Default: awq measures it group by group, smoothquant takes 0.5.",
+        ),
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
     tensor: Annotated[
         list[str] | None,
@@ -106,6 +115,7 @@ def quantize(
         type=type_,
         method=method,
         granularity=granularity,
+        alpha=alpha,
         pure=pure,
         tensors=tuple(parse_override(text) for text in tensor or ()),
         embedding_type=embedding_type,

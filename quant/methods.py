@@ -8,7 +8,8 @@ from rondel.converters.errors import RondelError
 
 # rtn: every column counts the same; imatrix: columns count by their statistics.
 ROUNDINGS = ("rtn", "imatrix")
-RESCALINGS: tuple[str, ...] = ()
+# awq, smoothquant: channels are rescaled before, so that what counts most is rounded finest.
+RESCALINGS = ("awq", "smoothquant")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
 from rondel.native.formats import encode, format_bytes
+from rondel.quant import rescaling
+from rondel.quant.awq import Rounding
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import Method, method_named
 from rondel.quant.mixtures import (
@@ -35,7 +38,8 @@ from rondel.quant.mixtures import (
     mixture_named,
     model_of,
 )
-from rondel.quant.rounding import round_matrix, stored
+from rondel.quant.rescaled_view import RescaledView, Rescaling, rescaled_importance
+from rondel.quant.rounding import Encoder, round_matrix, stored
 from rondel.quant.rtn import AffineEncoder, check_granularity
 from rondel.quant.stage import stage_record
 
@@ -57,6 +61,7 @@ class QuantizeConfig:
     type: str = "Q4_K_M"
     method: str | None = None  # None: imatrix
     granularity: str = "group"  # of rtn: the others choose the scales of every group
+    alpha: float | None = None  # of awq and smoothquant: None searches it for awq, and is 0.5 for smoothquant
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None
@@ -75,12 +80,27 @@ class _Task:
     importance: Importance | None
     choices: dict[str, Choice]
     warnings: list[str]
+    rescaling: Rescaling | None = None  # chosen before the first matrix is rounded
+
+    @cached_property
+    def model(self) -> Checkpoint:
+        """What is rounded: the source after the rescaling."""
+        return RescaledView(self.source, self.rescaling.scales, torch.float32) if self.rescaling else self.source
+
+    @cached_property
+    def seen(self) -> Importance | None:
+        """The statistics of `model`."""
+        if self.importance is None or self.rescaling is None:
+            return self.importance
+        return rescaled_importance(self.importance, self.source, self.rescaling.scales)
 
     def means(self, name: str) -> Means | None:
         """How much each column of a matrix counts, or None where all count the same."""
-        if self.importance is None or not self.method.weighted:
-            return None
-        return self.importance.of(self.source, name)
+        return self.seen.of(self.source, name) if self.seen and self.method.weighted else None
+
+    def encoder(self, weights: torch.Tensor) -> Encoder:
+        """What rounds the pieces of one matrix."""
+        return AffineEncoder(weights, self.config.granularity) if self.method.rounding == "rtn" else encode
 
     def record(self) -> dict[str, Any]:
         """The stage's record for the manifest."""
@@ -148,6 +168,7 @@ def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importan
     choices = choose_formats(shapes, policy, model)
     method = method_named(str(config.method))
     check_granularity(method.rounding, config.granularity, {name: choice.format for name, choice in choices.items()})
+    rescaling.check(source, method, importance, config.alpha)
     return _Task(source, config, method, importance, choices, _warnings(source, method, importance, choices))
 
 
@@ -213,18 +234,38 @@ def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance |
     }
 
 
+def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
+    """The task with the scales of its method, chosen now or by the run that was interrupted."""
+    if task.method.rescaling is None or task.importance is None:
+        return task
+    found = rescaling.kept(output, task.source)
+    if found is None:
+        formats = {name: choice.format for name, choice in task.choices.items()}
+        rounding = Rounding(formats, task.encoder, task.method.weighted)
+        found = rescaling.choose(
+            task.source,
+            task.method,
+            task.importance,
+            rounding,
+            alpha=task.config.alpha,
+            threads=threads,
+            progress=progress,
+        )
+        rescaling.keep(output, found)
+    return replace(task, rescaling=found)
+
+
 def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str], threads: int) -> None:
     tensors: dict[str, torch.Tensor | Packed] = {}
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        weights = task.source.read(name)
+        weights = task.model.read(name)
         choice = task.choices.get(name)
         if choice is None:
             tensors[name] = weights.to(torch.float32)
             continue
         means = task.means(name)
-        encoder = AffineEncoder(weights, task.config.granularity) if task.method.rounding == "rtn" else encode
-        packed, error = round_matrix(name, weights, choice.format, means, threads, encoder=encoder)
+        packed, error = round_matrix(name, weights, choice.format, means, threads, encoder=task.encoder(weights))
         tensors[name] = stored(choice.format, packed, tuple(weights.shape))
         # six digits: the sum's last ones depend on the machine
         results[name] = _describe(task, name) | {"error": float(f"{error:.6g}"), "weighted": means is not None}
@@ -251,6 +292,7 @@ def quantize(
     output = StageOutput(out, task.record(), force=force)
     if output.finished:
         return open_checkpoint(out)
+    task = _rescale(task, output, threads, progress)
     shards = source.shards()
     for done, (shard, names) in enumerate(shards.items()):
         progress(done, len(shards), shard)
@@ -263,6 +305,8 @@ def quantize(
         "stages": [*source.stages, task.record()],
         "quantization": {"tensors": results, "warnings": task.warnings},
     }
+    if task.rescaling is not None:
+        manifest["quantization"]["rescaling"] = task.rescaling.groups
     if task.importance is not None and task.importance.calibration:
         manifest["calibration"] = dict(task.importance.calibration)
     output.finish(list(shards), manifest, source.side_files())

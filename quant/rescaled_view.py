@@ -12,7 +12,8 @@ are multiplied by s; the division moves into what makes the site, where it costs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
 from rondel.quant.importance import Importance, site_of
 
 Place = tuple[int | None, str]  # layer (None: outside the blocks) and site
-Scales = Mapping[Place, torch.Tensor]  # float64, one a channel of the site, all above zero
+Scales = Mapping[Place, torch.Tensor]  # one a channel of the site, all above zero
 
 WRITERS = {"hidden": "ffn_up", "heads": "attn_v"}  # what a site is linear in, where no norm makes it
 POWERS = {"second_moment": 2, "diagonal": 2, "absmax": 1}  # of the scale that each statistic is divided by
@@ -87,6 +88,20 @@ def _check(source: Checkpoint, place: Place, scale: torch.Tensor) -> None:
         heads = by_query_head(scale, source.numbers)
         if not bool((heads == heads[0]).all()):
             raise RondelError(f"{where}: query heads of one key-value head have different scales, but share its values")
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """The scales that a method chose, and for each place by its name what the manifest tells of the choice."""
+
+    scales: Scales
+    groups: dict[str, dict[str, Any]]
+
+
+def normalized(scale: torch.Tensor) -> torch.Tensor:
+    """Positive scales (d,) with the geometric mean 1: the matrices keep their size, and their scales fit a half."""
+    scale = scale.to(torch.float64)
+    return (scale / scale.log().mean().exp()).to(torch.float32)
 
 
 class RescaledView(Checkpoint):
@@ -164,6 +179,6 @@ def rescaled_importance(importance: Importance, source: Checkpoint, scales: Scal
     for name in matrices.keys() & set(source.names()):
         layer, site = site_of(source, name)
         if site is not None and (layer, site) in scales:
-            means = torch.from_numpy(matrices[name]).to(torch.float64) / scales[layer, site].square()
+            means = torch.from_numpy(matrices[name]).to(torch.float64) / scales[layer, site].to(torch.float64).square()
             matrices[name] = means.to(torch.float32).numpy()
     return replace(importance, matrices=matrices)

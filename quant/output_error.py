@@ -1,0 +1,62 @@
+"""Owns the measure that methods are compared by: what a matrix's output loses, tr(E H E^T) with H the second moment.
+
+E (rows, cols) is the rounded matrix less the true one and H (cols, cols) the mean of x x^T, so this is the mean squared
+error of the layer's output over the calibration text. Where only the diagonal of H is known the inputs are taken as
+uncorrelated. Rows are measured in pieces of a fixed size on one thread each: the same sums for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rondel.converters.checkpoint import Checkpoint
+from rondel.native.formats import Floats
+from rondel.quant.importance import Importance, site_of
+from rondel.quant.workers import Workers
+
+ROWS = 64  # in a piece: whole panels of the tile formats
+
+
+def moment_of(importance: Importance, source: Checkpoint, name: str) -> torch.Tensor | None:
+    """The second moment (cols, cols) F32 of what a matrix reads; only its diagonal (cols,) where no more is known."""
+    layer, site = site_of(source, name)
+    stats = importance.stats
+    if stats is not None and site is not None and stats.has(layer, site, "second_moment"):
+        return stats.second_moment(layer, site)
+    means = importance.of(source, name)
+    return None if means is None else torch.from_numpy(means)
+
+
+def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:
+    """tr(M H M^T) of float32 rows M (rows, cols), or sum_c H_cc |m_c|^2 where the moment is a diagonal (cols,)."""
+    product = matrix @ moment if moment.dim() == 2 else matrix * moment
+    return float((product * matrix).sum(dtype=torch.float64))
+
+
+def relative_error(
+    weights: torch.Tensor, rounded: Callable[[Floats], Floats], moment: torch.Tensor, workers: Workers
+) -> float:
+    """tr(E H E^T) / tr(W H W^T) of float32 weights W (rows, cols); `rounded` makes of some rows what they decode to."""
+
+    def measure(first: int) -> tuple[float, float]:
+        rows = weights[first : first + ROWS]
+        error = torch.from_numpy(rounded(rows.numpy())) - rows
+        return energy(error, moment), energy(rows, moment)
+
+    sums = list(workers.map(measure, range(0, len(weights), ROWS)))
+    lost, whole = np.sum(sums, axis=0)
+    return float(lost / whole) if whole > 0 else 0.0
+
+
+def digits(error: float) -> float:
+    """Six digits, for the manifest: the last ones of a sum depend on the machine."""
+    return float(f"{error:.6g}")
+
+
+def sampled(weights: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` rows, evenly spread, as contiguous float32."""
+    step = -(-len(weights) // most)
+    return weights[::step].to(torch.float32).contiguous()
