@@ -21,6 +21,7 @@ from rondel.cli.options import (
     UnusedDeviceOption,
     UnusedSeedOption,
 )
+from rondel.cli.report import check_report, write_report
 from rondel.converters.errors import RondelError
 
 
@@ -84,6 +85,14 @@ def quantize(
     output_type: Annotated[
         str | None, typer.Option("--output-type", metavar="FORMAT", help="Of the head that makes the logits.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Write what became of every tensor: a page (.html), or its facts (.json).",
+        ),
+    ] = None,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -108,6 +117,7 @@ def quantize(
     from rondel.converters.stats import stats_for
     from rondel.quant import quantize as stage
     from rondel.quant.importance import open_imatrix
+    from rondel.quant.report import report_of
 
     if stats and imatrix:
         raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
@@ -123,6 +133,8 @@ def quantize(
         target=target,
         seed=seed,
     )
+    if report:
+        check_report(report)
     source = open_checkpoint(model)
     importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)
     if dry_run:
@@ -131,17 +143,16 @@ def quantize(
         made = stage.quantize(
             source, output, config, importance, threads=threads, device=device, force=force, progress=progress
         )
+    if report:
+        write_report(report, report_of(made.manifest))
     if not quiet:
-        report(made.manifest["quantization"])
+        warn(made.manifest["quantization"])
     return console.result(*console.written("quantize", output, made.manifest), as_json=as_json, quiet=quiet)
 
 
-def report(quantization: dict[str, Any]) -> None:
+def warn(quantization: dict[str, Any]) -> None:
     """Say on standard error what did not go as asked: warnings, and the matrices that fell back to another format."""
-    for warning in quantization["warnings"]:
-        console.warn(warning)
-    for name, row in quantization["tensors"].items():
-        if "instead_of" in row:
-            console.warn(
-                f"{name}: {row['format']} instead of {row['instead_of']}; its rows have {row['shape'][1]} columns"
-            )
+    from rondel.quant.report import fallbacks
+
+    for sentence in [*quantization["warnings"], *fallbacks(quantization["tensors"].values())]:
+        console.warn(sentence)
