@@ -118,6 +118,37 @@ def with_scales(name: str, packed: Bytes, scales: Floats) -> Bytes:
     return packed
 
 
+def polishes(name: str) -> bool:
+    """Whether `polish` knows this format."""
+    return bool(lib.rondel_format_polishes(name.encode()))
+
+
+def polish(name: str, packed: Bytes, gradient: Floats, moments: Floats) -> Bytes:
+    """One sweep of coordinate descent over a rounded block of columns, and a new fit of its scales (QuantEase).
+
+    With W the weights, Q the decoded ones and H the second moment (cols, cols) of the inputs, `gradient` (rows, block) holds
+    the block's columns of (W - Q) H and `moments` (block, block) is H among them. Returns new packed bytes of the block, with
+    which tr((W - Q) H (W - Q)^T) is not larger.
+    """
+    gradient = _matrix(gradient, "gradient")
+    rows, block = gradient.shape
+    packed = _checked(name, packed, rows, block).copy()
+    moments = np.ascontiguousarray(moments, np.float32)
+    if moments.shape != (block, block):
+        raise NativeError(f"moments have shape {moments.shape}, expected ({block}, {block}): the block of the gradient")
+    check(
+        lib.rondel_polish(
+            name.encode(),
+            _pointer("float *", gradient),
+            _pointer("float *", moments),
+            rows,
+            block,
+            _pointer("void *", packed),
+        )
+    )
+    return packed
+
+
 def decode(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
     """Packed bytes back to (rows, cols) float32, bit for bit as the runtime and ggml's reference see them."""
     packed = _checked(name, packed, rows, cols)

@@ -40,6 +40,11 @@ int32_t rondel_format_scales(const char *format);                   /* halfs of 
 /* scales: (rows, blocks, halfs of a block), as they are stored; written ones are rounded to the nearest half */
 int32_t rondel_read_scales(const char *format, const void *packed, int64_t rows, int64_t cols, float *scales);
 int32_t rondel_write_scales(const char *format, const float *scales, int64_t rows, int64_t cols, void *packed);
+int32_t rondel_format_polishes(const char *format);                 /* 0: rondel_polish does not know it */
+/* One sweep of coordinate descent on the output error tr((W - Q) H (W - Q)^T) over the codes of a rounded block of columns,
+ * and a new fit of its d and dmin. gradient: (rows, block), the block's columns of (W - Q) H; moments: (block, block) of H. */
+int32_t rondel_polish(const char *format, const float *gradient, const float *moments, int64_t rows, int64_t block,
+                      void *packed);
 /* outputs (n, rows) = inputs (n, cols) times packed (rows, cols) transposed, as the runtime computes it */
 int32_t rondel_matmul(const char *format, const void *packed, int64_t rows, int64_t cols, const float *inputs,
                       int64_t n, int32_t threads, float *outputs);

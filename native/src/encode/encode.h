@@ -46,6 +46,18 @@ struct feedback_task {
     float *errors;        /* (rows, block) */
 };
 #define MOST_FEEDBACK 256 /* columns of the largest block */
+/* One block of columns that is rounded already, and whose codes and scales are moved for the better. */
+struct polish_task {
+    int format;
+    const float *gradient; /* (rows, block): (weights - decoded) times the whole second moment, at these columns */
+    const float *moments;  /* (block, block): the second moment among these columns */
+    int64_t rows;
+    int block;
+    uint8_t *packed;
+};
+void polish_levels(const struct polish_task *task);
+int polish_codebooks(const struct polish_task *task); /* -1: no memory */
+
 void feed_back_levels(const struct feedback_task *task);    /* every column by itself */
 int feed_back_codebooks(const struct feedback_task *task);  /* codeword after codeword; -1: no memory */
 
