@@ -126,9 +126,9 @@ def polishes(name: str) -> bool:
 def polish(name: str, packed: Bytes, gradient: Floats, moments: Floats) -> Bytes:
     """One sweep of coordinate descent over a rounded block of columns, and a new fit of its scales (QuantEase).
 
-    With W the weights, Q the decoded ones and H the second moment (cols, cols) of the inputs, `gradient` (rows, block) holds
-    the block's columns of (W - Q) H and `moments` (block, block) is H among them. Returns new packed bytes of the block, with
-    which tr((W - Q) H (W - Q)^T) is not larger.
+    With W the weights, Q the decoded ones and H the second moment (cols, cols) of the inputs, `gradient` (rows, block)
+    holds the block's columns of (W - Q) H and `moments` (block, block) is H among them. Returns new packed bytes of the
+    block, with which tr((W - Q) H (W - Q)^T) is not larger.
     """
     gradient = _matrix(gradient, "gradient")
     rows, block = gradient.shape

@@ -2,9 +2,9 @@
 
 The error made least is tr((W - Q) H (W - Q)^T), H the second moment of the matrix's inputs. A first pass rounds columns
 in turn and takes each error out of the columns behind it (Frantar et al. 2023, GPTQ; Chee et al. 2023, QuIP: LDLQ); the
-sweeps after it round every column again with all others as they are and fit the scales again (coordinate descent, Behdin
-et al. 2023, QuantEase). Rows do not know of each other: pieces of rows go to workers, and the bytes do not depend on how
-many workers there are.
+sweeps after it round every column again with all others as they are, and fit the scales again (coordinate descent,
+Behdin et al. 2023, QuantEase). Rows do not know of each other: pieces of rows go to workers, and the bytes do not
+depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def factorize(moments: torch.Tensor, *, device: str = "cpu") -> Factor:
 
 
 def drawn_target(weights: torch.Tensor, factor: Factor, cross: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """The weights (rows, cols) that, on the quantized prefix's inputs, best answer as `weights` do on the float model's.
+    """The weights (rows, cols) that answer the quantized prefix's inputs more as `weights` do the float model's.
 
-    `cross` (cols, cols) is the mean of x_float x_quantized^T and `moments` that of x_quantized x_quantized^T: with all of
-    it W C H^-1 answers for the errors of the layers before (Li et al. 2025, GPTAQ). PULL of the way is taken.
+    `cross` (cols, cols) is C, the mean of x_float x_quantized^T, and `moments` that of x_quantized x_quantized^T, H
+    before damping: W C H^-1 answers for all errors of the layers before (Li et al. 2025, GPTAQ), and PULL of the way
+    to it is taken.
     """
     upper = factor.upper.to(torch.float64)
     drift = weights.to(torch.float64) @ (cross - moments).to(torch.float64)
