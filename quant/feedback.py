@@ -81,7 +81,8 @@ def feed_back(
 ) -> Bytes:
     """The packed bytes of `weights` (rows, cols) F32 in `format`, for inputs with the second moment of `factor`.
 
-    `target` is what to come near to instead of the weights, of `drawn_target`. Raises NativeError for weights that are not finite or too large for the format.
+    `target`, of `drawn_target`, is what to come near to instead of the weights. Raises NativeError for weights that are
+    not finite or too large for the format.
     """
     weights = weights if target is None else target
     pieces = [weights[first : first + PIECE] for first in range(0, len(weights), PIECE)]
