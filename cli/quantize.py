@@ -7,13 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rondel.cli import console
+from rondel.cli import comparison, console
 from rondel.cli.options import (
     DryRunOption,
     ForceOption,
     JsonOption,
     ModelArgument,
-    OutputOption,
     QuietOption,
     StatsOption,
     TargetOption,
@@ -35,7 +34,15 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def quantize(
     model: ModelArgument,
-    output: OutputOption,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to write; it appears when it is complete. With --compare: keeps a model of each method.",
+        ),
+    ] = None,
     type_: Annotated[
         str,
         typer.Option("--type", metavar="TYPE", help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128."),
@@ -93,6 +100,13 @@ def quantize(
             help="Write what became of every tensor: a page (.html), or its facts (.json).",
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Quantize by every method, print one table, and need no -o.")
+    ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", metavar="A,B,...", help="With --compare: these. Default: all that can be used."),
+    ] = None,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -112,6 +126,7 @@ def quantize(
     \b
       rondel quantize MODEL --stats calib/ --type Q4_K_M -o quantized/
       rondel quantize MODEL --type Q2_K --tensor ffn_down=Q4_K -o quantized/
+      rondel quantize MODEL --stats calib/ --type Q2_K --compare --methods imatrix,awq
     """
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import stats_for
@@ -119,6 +134,12 @@ def quantize(
     from rondel.quant.importance import open_imatrix
     from rondel.quant.report import report_of
 
+    if methods is not None and not compare:
+        raise typer.BadParameter("--methods names what to --compare; one method alone is --method")
+    if compare and (method or dry_run or report):
+        raise typer.BadParameter("--compare takes --methods, and neither --method nor --dry-run nor --report")
+    if output is None and not compare:
+        raise typer.BadParameter("there is no folder to write: give -o DIR")
     if stats and imatrix:
         raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
     config = stage.QuantizeConfig(
@@ -137,6 +158,12 @@ def quantize(
         check_report(report)
     source = open_checkpoint(model)
     importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)
+    if compare:
+        named = None if methods is None else tuple(methods.split(","))
+        running = {"threads": threads, "device": device, "force": force}
+        told = comparison.measure(source, config, importance, methods=named, out=output, quiet=quiet, **running)
+        return console.result(told, comparison.text(told), as_json=as_json, quiet=quiet)
+    assert output is not None
     if dry_run:
         return console.plan(stage.plan(source, config, importance), as_json=as_json)
     with console.progress(quiet=quiet) as progress:

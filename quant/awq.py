@@ -15,7 +15,7 @@ import torch
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import block_tensor
 from rondel.converters.progress import Progress, silent
-from rondel.native.formats import Floats, decode
+from rondel.native.formats import decode
 from rondel.quant.importance import Importance
 from rondel.quant.output_error import digits, moment_of, relative_error, sampled
 from rondel.quant.rescaled_view import (
@@ -46,6 +46,13 @@ def scale_of(means: torch.Tensor, alpha: float) -> torch.Tensor:
     return normalized(root.clamp(min=LEAST * float(root.mean())) ** alpha)
 
 
+def shared_means(source: Checkpoint, site: str, means: torch.Tensor) -> torch.Tensor:
+    """The mean squares (d,) that a site's scales follow: query heads that share their values share their scales."""
+    if site != "heads":
+        return means
+    return over_query_heads(by_query_head(means, source.numbers).mean(0), source.numbers)
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How the matrices will be rounded: the format of each, what encodes them, and whether by statistics."""
@@ -67,9 +74,7 @@ class _Group:
         self.weights = [sampled(source.read(name), ROWS_MEASURED) for name in names]
         self.moment = moment
         self.means = moment.diagonal() if moment.dim() == 2 else moment
-        self.shared = self.means  # what the scales follow
-        if site == "heads":  # query heads that share values share scales
-            self.shared = over_query_heads(by_query_head(self.means, source.numbers).mean(0), source.numbers)
+        self.shared = shared_means(source, site, self.means)
 
     def error(self, alpha: float, workers: Workers) -> float:
         """The mean of the linears' relative output errors with the scales of that alpha."""
@@ -77,11 +82,14 @@ class _Group:
         means = (self.means / scale.square()).numpy() if self.rounding.weighted else None
         total = 0.0
         for weights, format in zip(self.weights, self.formats, strict=True):
-            encoder = self.rounding.encoder_of(weights * scale)
+            scaled = weights * scale
+            encoder = self.rounding.encoder_of(scaled)
 
-            def rounded(rows: Floats, encoder: Encoder = encoder, format: str = format) -> Floats:
-                packed = encoder(format, rows * scale.numpy(), means, threads=1)
-                return decode(format, packed, *rows.shape) / scale.numpy()
+            def rounded(
+                rows: slice, scaled: torch.Tensor = scaled, encoder: Encoder = encoder, format: str = format
+            ) -> torch.Tensor:
+                values = scaled[rows].numpy()
+                return torch.from_numpy(decode(format, encoder(format, values, means), *values.shape)) / scale
 
             total += relative_error(weights, rounded, self.moment, workers)
         return total / len(self.weights)

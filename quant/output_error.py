@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.native.formats import Floats
 from rondel.quant.importance import Importance, site_of
 from rondel.quant.workers import Workers
 
@@ -37,18 +36,23 @@ def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:
 
 
 def relative_error(
-    weights: torch.Tensor, rounded: Callable[[Floats], Floats], moment: torch.Tensor, workers: Workers
+    weights: torch.Tensor, rounded: Callable[[slice], torch.Tensor], moment: torch.Tensor, workers: Workers
 ) -> float:
-    """tr(E H E^T) / tr(W H W^T) of float32 weights W (rows, cols); `rounded` makes of some rows what they decode to."""
+    """tr(E H E^T) / tr(W H W^T) of weights W (rows, cols); `rounded` gives what some of the rows decode to."""
 
     def measure(first: int) -> tuple[float, float]:
-        rows = weights[first : first + ROWS]
-        error = torch.from_numpy(rounded(rows.numpy())) - rows
-        return energy(error, moment), energy(rows, moment)
+        piece = slice(first, min(first + ROWS, len(weights)))
+        rows = weights[piece].to(torch.float32)
+        return energy(rounded(piece) - rows, moment), energy(rows, moment)
 
     sums = list(workers.map(measure, range(0, len(weights), ROWS)))
     lost, whole = np.sum(sums, axis=0)
     return float(lost / whole) if whole > 0 else 0.0
+
+
+def output_error(weights: torch.Tensor, decoded: torch.Tensor, moment: torch.Tensor, workers: Workers) -> float:
+    """The relative error of a matrix that is rounded already."""
+    return relative_error(weights, lambda rows: decoded[rows].to(torch.float32), moment, workers)
 
 
 def digits(error: float) -> float:

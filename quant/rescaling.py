@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import block_tensor
@@ -55,6 +59,29 @@ def choose(
     return awq.choose(source, importance, rounding, alpha=alpha, threads=threads, progress=progress)
 
 
+def of_groups(
+    source: Checkpoint, method: Method, importance: Importance, groups: dict[str, dict[str, Any]]
+) -> dict[Place, torch.Tensor]:
+    """The scales again, from what the manifest tells of them and the same statistics."""
+    if method.rescaling == "smoothquant":
+        assert importance.stats is not None
+        alpha = next(iter(groups.values()))["alpha"]
+        return dict(smoothquant.choose(source, importance.stats, alpha=alpha).scales)
+    scales = {}
+    for place in _places(source):
+        if place_name(place) in groups:
+            layer, site = place
+            means = importance.of(source, block_tensor(int(layer or 0), source.family.readers(site)[0].role))
+            assert means is not None
+            shared = awq.shared_means(source, site, torch.from_numpy(means))
+            scales[place] = awq.scale_of(shared, groups[place_name(place)]["alpha"])
+    return scales
+
+
+def _places(source: Checkpoint) -> list[Place]:
+    return [place for layer in range(source.numbers.layers) for place in rescalable(source, layer)]
+
+
 def keep(output: StageOutput, rescaling: Rescaling) -> None:
     """Journal the scales."""
     scales = {place_name(place): scale for place, scale in rescaling.scales.items()}
@@ -66,7 +93,6 @@ def kept(output: StageOutput, source: Checkpoint) -> Rescaling | None:
     if not output.done(SHARD):
         return None
     file = output.partial / f"{SHARD}.safetensors"
-    places: list[Place] = [place for layer in range(source.numbers.layers) for place in rescalable(source, layer)]
     groups = output.result(SHARD)
-    scales = {place: read_tensor(file, place_name(place)) for place in places if place_name(place) in groups}
+    scales = {place: read_tensor(file, place_name(place)) for place in _places(source) if place_name(place) in groups}
     return Rescaling(scales, groups)
