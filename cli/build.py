@@ -126,6 +126,7 @@ def chain(
     quiet: bool,
 ) -> list[Path]:
     """Run the stages of a recipe into folders of `out` and write the GGUF files there; `tell` hears of each."""
+    from rondel.cli.recipe import recipe_text
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.export import export
 
@@ -146,7 +147,9 @@ def chain(
             source = made
     out.mkdir(parents=True, exist_ok=True)
     with console.progress(quiet=quiet) as progress:
-        files = export(source, out, recipe.sections["export"], force=force, progress=progress)
+        files = export(
+            source, out, recipe.sections["export"], recipe=recipe_text(recipe), force=force, progress=progress
+        )
     for file in files:
         stored = file.stat().st_size
         tell({"command": "export", "output": str(file), "bytes": stored}, f"{file}  {console.size(stored)}")

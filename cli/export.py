@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -44,7 +44,7 @@ def export(
         ),
     ],
     type_: Annotated[
-        Literal["F16", "F32", "BF16"] | None,
+        str | None,
         typer.Option(
             "--type",
             metavar="F16|F32|BF16",

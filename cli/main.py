@@ -37,6 +37,11 @@ HELP_WIDTH = 100  # characters: help is read in terminals and pasted into README
 USER_CAUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
 FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
+PYDANTIC_PREFIX = "Value error, "  # what Typer's validation puts before a sentence about a wrong choice
+
+
+class PipeClosed(Exception):
+    """The reader of standard output has enough, as in `rondel inspect FILE | head`. Typer would exit with 1 for it."""
 
 
 class Commands(TyperGroup):
@@ -49,6 +54,16 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name, or None."""
         return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise PipeClosed from error
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix(PYDANTIC_PREFIX)
+            raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The table as it stands: asking every command for its first line would import them all."""
@@ -114,7 +129,7 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 (an error, told in one line), 2 (wrong usage), 130 (interrupted)."""
+    """Run the command line. Exit codes: 0, 1 (an error, told in one line), 2 (wrong usage), 130, 141 (closed pipe)."""
     try:
         try:
             app(prog_name="rondel")
@@ -122,7 +137,7 @@ def main() -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:  # between two commands of Python; inside a command Typer does the same
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader has enough, as in `rondel inspect FILE | head`
+    except (PipeClosed, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except Exception as error:

@@ -6,11 +6,12 @@ leaves its stage out; an empty one runs the stage with its defaults.
 
 from __future__ import annotations
 
+import json
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,23 @@ def load_recipe(
             sections[name] = settings(known[name], table, f"{path} [{name}]")
     start = model if model is not None else path.parent / str(chosen.path)
     return Recipe(start, files, sections)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as TOML with every setting resolved, for the record: what decides the file, and no path."""
+    lines = []
+    for name, section in recipe.sections.items():
+        if isinstance(section, RunSection):
+            continue
+        values = {"text": [file.name for file in recipe.text]} if name == "calibrate" else {}
+        values |= {key: value for key, value in asdict(section).items() if value is not None}
+        # JSON writes strings, numbers and lists as TOML reads them, but for one control character.
+        written = (
+            f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+            for key, value in values.items()
+        )
+        lines.append("\n".join([f"[{name}]", *written]) + "\n")
+    return "\n".join(lines)
 
 
 def _text_files(path: Path, tables: dict[str, dict[str, Any]], given: tuple[Path, ...]) -> tuple[Path, ...]:

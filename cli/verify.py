@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,8 @@ def verify(
 
     A GGUF file is parsed whole; each tensor must lie where the one before it ends, every block's scale must be finite,
     and the bytes must have the sha256 that export recorded, and with --manifest the checkpoint's. Of a folder, every
-    shard's bytes must have the sha256 of its manifest. The exit code is 1 where anything is wrong.
+    shard's bytes must have the sha256 of its manifest. Layers that run more than once must be those that their copies
+    were made for. The exit code is 1 where anything is wrong.
 
     Example:
 
@@ -82,6 +84,7 @@ def verify_file(path: Path, manifest: Path | None, progress: Progress) -> tuple[
                 ]
         progress(len(file.tensors), len(file.tensors), "verified")
         failures += [f"{name}: is in {manifest} and not in the file" for name in infos]
+        failures += _base_of_file(file, recorded)
         told = {"tensors": len(file.tensors), "bytes": sum(t.bytes for t in file.tensors), "parts": len(file.shards)}
     return told | {"hashes_compared": hashes, "converted_by_export": converted}, failures
 
@@ -109,6 +112,32 @@ def _recorded_hashes(file: File, failures: list[str]) -> dict[str, str]:
     return hashes
 
 
+def _base_of_file(file: File, hashes: dict[str, str]) -> list[str]:
+    """Whether the copies belong to these weights, where export cannot have converted the weights."""
+    from rondel.converters.gguf_reader import GgufFile
+    from rondel.converters.manifest import PLAIN
+    from rondel.converters.replication_keys import replicated_layers
+
+    record = GgufFile(Path(file.shards[0])).keys
+    prefixes = tuple(f"blk.{layer}." for layer in replicated_layers(record))
+    bases = [tensor for tensor in file.tensors if prefixes and tensor.name.startswith(prefixes)]
+    converted = any(tensor.format in PLAIN and len(tensor.shape) > 1 for tensor in bases)
+    if converted or not all(tensor.name in hashes for tensor in bases):
+        return []
+    return _base(record, hashes)
+
+
+def _base(record: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
+    """A sentence where replicated layers are not those that their copies were made for."""
+    from rondel.converters.gguf_keys import Rondel
+    from rondel.converters.replication_keys import base_sha256, replicated_layers
+
+    key, layers = Rondel.REPLICATION + "base.sha256", replicated_layers(record)
+    if not layers or key not in record or record[key] == base_sha256(hashes, layers):
+        return []
+    return [f"{key}: the copies were made for other weights of layers {', '.join(map(str, layers))}; replicate again"]
+
+
 def _gaps(file: File) -> list[str]:
     """A sentence for each tensor that does not begin, aligned, where the one before it ends, and for what is behind."""
     failures = []
@@ -130,7 +159,8 @@ def verify_folder(path: Path, progress: Progress) -> tuple[dict[str, Any], list[
     """What was checked in a stage's folder, and a sentence for each thing that is wrong."""
     from rondel.converters.manifest import read_manifest, sha256_of_span, shard_spans, tensor_infos
 
-    infos = tensor_infos(read_manifest(path))
+    manifest = read_manifest(path)
+    infos = tensor_infos(manifest)
     spans = {shard: shard_spans(path / shard) for shard in dict.fromkeys(info.shard for info in infos.values())}
     failures, stored = [], 0
     for done, info in enumerate(infos.values()):
@@ -143,7 +173,13 @@ def verify_folder(path: Path, progress: Progress) -> tuple[dict[str, Any], list[
         if sha256_of_span(path / info.shard, span) != info.sha256:
             failures.append(f"{info.name}: its bytes in {info.shard} differ from the manifest")
     progress(len(infos), len(infos), "verified")
+    failures += _base(_record(manifest), {name: info.sha256 for name, info in infos.items()})
     return {"tensors": len(infos), "bytes": stored, "hashes_compared": len(infos)}, failures
+
+
+def _record(manifest: dict[str, Any]) -> dict[str, Any]:
+    record = manifest.get("replication")
+    return record if isinstance(record, dict) else {}
 
 
 def _text(told: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _extension_keys(tensors: list[Outgoing], features: list[str], family: str) -
     return keys
 
 
-def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool) -> _Content:
+def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool, recipe: str | None = None) -> _Content:
     """Decide and check everything. Unhashed, no weight is read and hashes that are not known yet are zeros."""
     _check(source, config)
     numbers = source.numbers
@@ -150,14 +150,16 @@ def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool) -> _Cont
     keys |= _extension_keys(tensors, features, family)
     keys |= rotation_keys(rotations) | replication
     keys |= provenance_keys(source.carried() if hashed else source.manifest)
-    keys[Rondel.EXPORT_SHA256] = _inputs_sha256(source, config) if hashed else NO_HASH
+    if recipe is not None:
+        keys[Rondel.RECIPE] = recipe
+    keys[Rondel.EXPORT_SHA256] = _inputs_sha256(source, config, recipe) if hashed else NO_HASH
     entries = [entry(tensor) for tensor in tensors]
     return _Content(tensors, entries, keys, alignment, encoding, file_name(described, encoding))
 
 
-def _inputs_sha256(source: Checkpoint, config: ExportConfig) -> str:
+def _inputs_sha256(source: Checkpoint, config: ExportConfig, recipe: str | None) -> str:
     """What decides whether an existing file is the one to write."""
-    inputs = {"version": version("rondel"), "config": asdict(config), "source": source.fingerprint()}
+    inputs = {"version": version("rondel"), "config": asdict(config), "source": source.fingerprint(), "recipe": recipe}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,16 +180,22 @@ def plan(source: Checkpoint, out: Path, config: ExportConfig) -> dict[str, Any]:
 
 
 def export(
-    source: Checkpoint, out: Path, config: ExportConfig, *, force: bool = False, progress: Progress = silent
+    source: Checkpoint,
+    out: Path,
+    config: ExportConfig,
+    *,
+    recipe: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
 ) -> list[Path]:
     """Write the GGUF file or files and return their paths, the first to open first.
 
     `out` is a file name, or a folder that gets a file named by GGUF's convention. Existing files of the same inputs and
-    settings are left as they are.
+    settings are left as they are. `recipe` is the TOML text that the chain ran by, kept in the file.
     """
     if not out.is_dir() and not out.parent.is_dir():
         raise RondelError(f"{out.parent}: there is no such folder; make it first")
-    content = _content(source, config, hashed=True)
+    content = _content(source, config, hashed=True, recipe=recipe)
     parts = content.files(out, config.split)
     if not is_made(parts, force=force):
         total = len(content.tensors)

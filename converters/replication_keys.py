@@ -1,8 +1,8 @@
-"""The exact GGUF types of the replication keys (formats.md, section 4)."""
+"""The replication keys as they lie in files: their exact GGUF types, and the hash that binds them to the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import Rondel
 from rondel.converters.gguf_writer import Value
+from rondel.converters.manifest import digest_of
 
 STRICT = Rondel.REPLICATION + "strict"
 _DTYPES: dict[str, type[np.integer]] = {
@@ -61,3 +62,20 @@ def replication_keys(record: Mapping[str, Any]) -> dict[str, Value]:
 def is_strict(keys: Mapping[str, Value]) -> bool:
     """Whether the base path alone is not acceptable."""
     return bool(keys.get(STRICT, False))
+
+
+def base_sha256(hashes: Mapping[str, str], layers: Iterable[int]) -> str:
+    """The hash of all tensors of the replicated layers, from the hash of each: what `base.sha256` holds."""
+    prefixes = tuple(f"blk.{layer}." for layer in layers)
+    return digest_of({name: sha256 for name, sha256 in hashes.items() if name.startswith(prefixes)})
+
+
+def replicated_layers(record: Mapping[str, Any]) -> list[int]:
+    """The layers that run more than once, from the keys of a file or of a manifest; empty where they tell of none."""
+    layers, passes = (_integers(record.get(Rondel.REPLICATION + name)) for name in ("step.layer", "step.pass"))
+    return sorted({layer for layer, number in zip(layers, passes, strict=False) if number > 0})
+
+
+def _integers(value: Any) -> list[int]:
+    numbers = value.tolist() if isinstance(value, np.ndarray) else value
+    return [number for number in numbers if type(number) is int] if isinstance(numbers, list) else []

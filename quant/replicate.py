@@ -23,7 +23,6 @@ import numpy as np
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters
-from rondel.converters.manifest import digest_of
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import (
@@ -38,7 +37,9 @@ from rondel.converters.replication import (
     Step,
 )
 from rondel.converters.replication_codec import encode_replication
+from rondel.converters.replication_keys import base_sha256
 from rondel.quant.stage import stage_record
+from rondel.quant.workers import check_device
 
 MODES = ("serial", "parallel")
 PARTS = {"block": BLOCK, "attn": ATTENTION, "ffn": FFN}
@@ -193,8 +194,7 @@ def redundant(one: Specification) -> bool:
 def _base_sha256(source: Checkpoint, layers: Iterable[int]) -> str:
     """The hash of all tensors of the replicated layers: parameters fitted to them are bound to them."""
     source.fingerprint()  # an HF folder knows its tensors' hashes from then on
-    prefixes = tuple(f"blk.{layer}." for layer in layers)
-    return digest_of({name: source.info(name).sha256 for name in source.names() if name.startswith(prefixes)})
+    return base_sha256({name: source.info(name).sha256 for name in source.names()}, layers)
 
 
 def _check(source: Checkpoint, config: ReplicateConfig) -> None:
@@ -246,6 +246,7 @@ def replicate(
     The automatic choice answers "none" for now, without asking the teacher: the result then has no replication, its
     record says why, and the chain goes on. Nothing is computed, so `threads` and `device` change nothing.
     """
+    check_device(device)
     _check(source, config)
     numbers = source.numbers
     layers = sorted(_specifications(config, numbers.layers))

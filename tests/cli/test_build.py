@@ -6,12 +6,14 @@ import json
 import random
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from rondel.cli.main import app
+from rondel.cli.recipe import load_recipe
 from rondel.converters.errors import RondelError
 from tests.tiny import tiny_model
 
@@ -122,6 +124,18 @@ def test_a_finished_build_is_left_alone(folder: Path, undisturbed: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert rondel("build", folder / "recipe.toml", "-o", undisturbed, "--quiet").exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+def test_the_file_holds_the_recipe_it_was_made_by(folder: Path, undisturbed: Path) -> None:
+    first = min(undisturbed.glob("*-00001-of-*.gguf"))
+    text = json.loads(rondel("inspect", first, "--json").stdout)["keys"]["rondel.recipe"]
+    assert str(folder) not in text
+    kept = tomllib.loads(text)
+    assert kept["calibrate"]["text"] == ["text.txt"]
+    assert kept["export"] == {"split": 60000, "materialize": False}
+    (folder / "kept.toml").write_text(text, encoding="utf-8")
+    again = load_recipe(folder / "kept.toml", model=folder / "tiny")
+    assert again.sections == load_recipe(folder / "recipe.toml").sections
 
 
 def test_another_setting_needs_force(folder: Path, undisturbed: Path, tmp_path: Path) -> None:

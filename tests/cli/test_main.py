@@ -99,3 +99,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert writer.stderr.read() == b""
     writer.stderr.close()
     assert writer.wait() == 141
+
+
+def test_a_wrong_choice_is_told_without_the_validator_s_prefix() -> None:
+    done = rondel("run", "model.gguf", "--kv", "Q8")
+    assert done.returncode == 2
+    assert "'Q8' is not one of 'auto', 'F16', 'F32'" in done.stderr
+    assert "Value error" not in done.stderr

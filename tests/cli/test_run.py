@@ -149,7 +149,7 @@ def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
     assert running.stdout.read(1)
     running.stdout.close()
     assert running.stderr.read() == b""
-    assert running.wait(timeout=60) != 0
+    assert running.wait(timeout=60) == 141
 
 
 @pytest.mark.parametrize(

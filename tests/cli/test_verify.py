@@ -106,3 +106,30 @@ def test_verify_sees_a_wrong_length(file: Path, change: int) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:change] if change < 0 else data + bytes(change))
     assert rondel("verify", file).exception is not None
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_verify_binds_copies_to_their_weights(model: Path, tmp_path: Path, quantized: bool) -> None:
+    source, folder, file = model, tmp_path / "replicated", tmp_path / "model.gguf"
+    if quantized:
+        source = tmp_path / "quantized"
+        rondel("quantize", model, "--type", "Q4_0", "-o", source, "--quiet")
+    rondel("replicate", source, "--layer", "1:serial:1", "-o", folder, "--quiet")
+
+    def failures() -> list[list[str]]:
+        rondel("export", folder, *([] if quantized else ["--type", "F16"]), "-o", file, "--quiet", "--force")
+        return [json.loads(rondel("verify", path, "--json").stdout)["failures"] for path in (folder, file)]
+
+    assert failures() == [[], []]
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["replication"]["rondel.replication.base.sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    of_folder, of_file = failures()
+    assert "made for other weights of layers 1" in of_folder[0]
+    assert of_file == (of_folder if quantized else []), "export to F16 changes the bytes, and nobody can tell"
+
+
+def test_a_type_that_export_cannot_make_names_the_command_that_can(model: Path, tmp_path: Path) -> None:
+    done = rondel("export", model, "--type", "Q4_K", "-o", tmp_path / "x.gguf")
+    assert isinstance(done.exception, RondelError)
+    assert str(done.exception) == ("--type Q4_K: expected F16, F32 or BF16; other types are made by `rondel quantize`")

@@ -306,3 +306,9 @@ def test_the_runtime_executes_the_same_steps(
         assert np.abs(whole - expected).max() <= FLOAT32_ERROR * np.abs(expected).max()
         one_by_one = [session.eval([int(token)], position=i)[-1] for i, token in enumerate(TOKENS)]
         assert np.abs(np.stack(one_by_one) - expected).max() <= FLOAT32_ERROR * np.abs(expected).max()
+
+
+def test_a_device_that_torch_cannot_use_is_refused(source: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(RondelError, match="--device nonsense"):
+        replicate(source, tmp_path / "out", ReplicateConfig(), device="nonsense")
+    assert not any(tmp_path.iterdir())
