@@ -44,6 +44,18 @@ ThreadsOption = Annotated[
         help="Processor threads; the result is the same for any number. Default: all cores.",
     ),
 ]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        "--threads",
+        "-t",
+        metavar="N",
+        min=1,
+        help="Windows, matrices and rows in work at once; the result is the same for any number. Default: all cores.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where torch does the arithmetic: cpu, cuda, cuda:1.")]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an output that was made from other inputs or settings.")

@@ -9,15 +9,15 @@ import typer
 
 from rondel.cli import comparison, console
 from rondel.cli.options import (
+    DeviceOption,
     DryRunOption,
     ForceOption,
+    JobsOption,
     JsonOption,
     ModelArgument,
     QuietOption,
     StatsOption,
     TargetOption,
-    ThreadsOption,
-    UnusedDeviceOption,
     UnusedSeedOption,
 )
 from rondel.cli.report import check_report, write_report
@@ -56,8 +56,9 @@ def quantize(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="rtn: round to nearest. imatrix: columns count by their statistics. awq+ or smoothquant+ in front "
-            "folds channel scales into norms and earlier linears; awq alone means awq+imatrix. Default: imatrix.",
+            help="rtn: round to nearest. imatrix: columns count by their statistics. gptq: error feedback as well. "
+            "awq+ or smoothquant+ in front folds channel scales into norms and earlier linears; awq alone means "
+            "awq+imatrix. Default: gptq where --stats hold their text, else imatrix.",
         ),
     ] = None,
     granularity: Annotated[
@@ -77,6 +78,20 @@ def quantize(
             help="How far awq or smoothquant scales. Default: awq measures it group by group, smoothquant takes 0.5.",
         ),
     ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="With gptq: calibrate each matrix behind the ones that are rounded already, or on the float model.",
+        ),
+    ] = True,
+    asymmetric: Annotated[
+        bool,
+        typer.Option(
+            "--asymmetric/--no-asymmetric",
+            help="With gptq: let each matrix make up for what the ones before it lost. Runs the float model too.",
+        ),
+    ] = False,
     pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
     tensor: Annotated[
         list[str] | None,
@@ -109,8 +124,8 @@ def quantize(
     ] = None,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
-    threads: ThreadsOption = None,
-    device: UnusedDeviceOption = "cpu",
+    jobs: JobsOption = None,
+    device: DeviceOption = "cpu",
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
@@ -118,7 +133,9 @@ def quantize(
 ) -> None:
     """Round the weights of MODEL to block formats.
 
-    The scales of each block are searched for the smallest error, weighted by what calibrate saw. Rows that do not fit
+    The scales of each block are searched for the smallest error, weighted by what calibrate saw. Where the statistics
+    hold the text they were measured on, the model runs on it, and each column makes up for what the ones before it
+    lost; text that is held out decides for each matrix whether that is better. Rows that do not fit
     a format's blocks fall back to the format that llama.cpp would take, and the report says so.
 
     Example:
@@ -147,6 +164,8 @@ def quantize(
         method=method,
         granularity=granularity,
         alpha=alpha,
+        sequential=sequential,
+        asymmetric=asymmetric,
         pure=pure,
         tensors=tuple(parse_override(text) for text in tensor or ()),
         embedding_type=embedding_type,
@@ -160,7 +179,7 @@ def quantize(
     importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)
     if compare:
         named = None if methods is None else tuple(methods.split(","))
-        running = {"threads": threads, "device": device, "force": force}
+        running = {"threads": jobs, "device": device, "force": force}
         told = comparison.measure(source, config, importance, methods=named, out=output, quiet=quiet, **running)
         return console.result(told, comparison.text(told), as_json=as_json, quiet=quiet)
     assert output is not None
@@ -168,7 +187,7 @@ def quantize(
         return console.plan(stage.plan(source, config, importance), as_json=as_json)
     with console.progress(quiet=quiet) as progress:
         made = stage.quantize(
-            source, output, config, importance, threads=threads, device=device, force=force, progress=progress
+            source, output, config, importance, threads=jobs, device=device, force=force, progress=progress
         )
     if report:
         write_report(report, report_of(made.manifest))

@@ -22,6 +22,7 @@ from rondel.converters.family import (
     ROPE_FACTORS,
     Family,
     Hyperparameters,
+    Linear,
     block_tensor,
     canonical_shapes,
 )
@@ -247,6 +248,14 @@ def huggingface_block(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Ten
             heads = numbers.size(turned) // numbers.head_dim if turned else 0
             block[source.removeprefix(prefix)] = separate_rows(tensor, heads).contiguous() if turned else tensor
     return block
+
+
+def huggingface_rows(checkpoint: Checkpoint, linear: Linear, weights: torch.Tensor) -> torch.Tensor:
+    """A block's matrix (rows, cols) with its rows in transformers' order."""
+    if not (linear.rope and checkpoint.family.rope_layout == "interleaved"):
+        return weights
+    numbers = checkpoint.numbers
+    return separate_rows(weights, numbers.size(linear.rows) // numbers.head_dim).contiguous()
 
 
 def huggingface_outer(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -40,6 +40,11 @@ class SiteSums:
         self.absmax = torch.zeros(size, device=device)
         self.count = 0
 
+    def add(self, windows: list[torch.Tensor], workers: Workers) -> None:
+        """Add some windows' activations; strips are spread over the workers."""
+        workers.run(lambda first: self.add_strip(first, windows), range(0, self.size, TILE))
+        self.count += sum(len(x) for x in windows)
+
     def add_strip(self, first: int, windows: list[torch.Tensor]) -> None:
         """Add the rows [first, first + TILE) of every window's sums, activations (tokens, size) each, in order."""
         strip = slice(first, first + TILE)
@@ -51,22 +56,58 @@ class SiteSums:
                 self.moment[strip, first:] += part.T @ x[:, first:]
             self.absmax[strip] = torch.maximum(self.absmax[strip], part.abs().amax(0))
 
+    def mean(self, layer: int | None, site: str) -> torch.Tensor:
+        """The mean over the tokens, float64: (size, size) symmetric, or (size,). It takes the place of the sums."""
+        mean = self.moment.div_(self.count)
+        for first in range(0, self.size if mean.dim() == 2 else 0, TILE):
+            strip, behind = slice(first, first + TILE), slice(first + TILE, None)
+            mean[behind, strip] = mean[strip, behind].T
+            mean[strip, strip] = mean[strip, strip].triu() + mean[strip, strip].triu(1).T
+        check_finite(mean, layer, site)
+        return mean
+
     def tensors(self, layer: int | None, site: str) -> dict[str, torch.Tensor]:
         """What the statistics folder holds of this site, F32."""
-        mean = self.moment / self.count
-        if mean.dim() == 2:
-            mean = mean.triu() + mean.triu(1).T
-        mean = mean.to(torch.float32).cpu()
+        mean = self.mean(layer, site).to(torch.float32).cpu()
+        check_finite(mean, layer, site)
         diagonal = mean if mean.dim() == 1 else mean.diagonal().clone()
-        if not bool(torch.isfinite(mean).all()):
-            where = site if layer is None else f"{site} of layer {layer}"
-            raise RondelError(f"activations at {where} are not finite: the model overflows in float32, or is damaged")
         found = {
             site_tensor(layer, site, "diagonal"): diagonal,
             site_tensor(layer, site, "absmax"): self.absmax.cpu(),
             site_tensor(layer, site, "count"): torch.tensor([float(self.count)]),
         }
         return found if mean.dim() == 1 else {site_tensor(layer, site, "second_moment"): mean, **found}
+
+
+class CrossSums:
+    """Float64 sums over tokens of y x^T, for two activations y and x (tokens, size) of one site."""
+
+    def __init__(self, size: int, device: str | torch.device) -> None:
+        self.moment = torch.zeros((size, size), dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, windows: list[tuple[torch.Tensor, torch.Tensor]], workers: Workers) -> None:
+        """Add some windows' activations y and x, in order; strips of TILE rows are spread over the workers."""
+
+        def add_strip(first: int) -> None:
+            for y, x in windows:
+                self.moment[first : first + TILE] += y[:, first : first + TILE].T @ x
+
+        workers.run(add_strip, range(0, len(self.moment), TILE))
+        self.count += sum(len(x) for _, x in windows)
+
+    def mean(self, layer: int | None, site: str) -> torch.Tensor:
+        """The mean over the tokens. It takes the place of the sums."""
+        mean = self.moment.div_(self.count)
+        check_finite(mean, layer, site)
+        return mean
+
+
+def check_finite(moment: torch.Tensor, layer: int | None, site: str) -> None:
+    """Refuse what a model that overflows leaves behind."""
+    if not bool(torch.isfinite(moment).all()):
+        where = site if layer is None else f"{site} of layer {layer}"
+        raise RondelError(f"activations at {where} are not finite: the model overflows in float32, or is damaged")
 
 
 class LayerSums:
@@ -128,6 +169,10 @@ def stream_of(x: torch.Tensor) -> tuple[torch.Tensor, list[Massive]]:
     return x.norm(dim=1).cpu(), [(float(x[position, channel]), position, channel) for position, channel in places]
 
 
+class SiteReached(Exception):
+    """Ends a forward pass at the site that `SiteHooks.start` was told: nothing behind it is needed."""
+
+
 class SiteHooks:
     """Hooks on one decoder layer: each thread finds the inputs of its own last forward pass in `take()`.
 
@@ -149,6 +194,8 @@ class SiteHooks:
             x = inputs[0] if rotation is None else rotate_channels(inputs[0], rotation)
             if keep:
                 self._seen.sites[site] = x.flatten(0, -2)
+                if self._seen.last == site:
+                    raise SiteReached
             return (x,)
 
         return see
@@ -157,12 +204,16 @@ class SiteHooks:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off the layer."""
         for handle in self._handles:
             handle.remove()
 
-    def start(self) -> None:
-        """Forget what this thread saw."""
-        self._seen.sites = {}
+    def start(self, last: str | None = None) -> None:
+        """Forget what this thread saw. Its next pass ends with SiteReached at the site `last`, where one is given."""
+        self._seen.sites, self._seen.last = {}, last
 
     def take(self) -> dict[str, torch.Tensor]:
         """Site to its activations (tokens, d) in this thread's pass since `start`."""

@@ -29,8 +29,15 @@ class DecoderLayers:
 
     def load(self, layer: int) -> torch.nn.Module:
         """The decoder layer with its weights, F32; it replaces the one before."""
+        return self.put(self.read(layer))
+
+    def read(self, layer: int) -> dict[str, torch.Tensor]:
+        """The weights of a layer on the device, F32, under transformers' names."""
+        return {name: tensor.to(self.device) for name, tensor in huggingface_block(self.source, layer).items()}
+
+    def put(self, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+        """The decoder layer with these weights, which are shared and not copied; it replaces the one before."""
         module = self._skeleton.layers[0]
-        weights = {name: tensor.to(self.device) for name, tensor in huggingface_block(self.source, layer).items()}
         module.load_state_dict(weights, strict=True, assign=True)
         return module
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rondel.converters.errors import RondelError
 
-# rtn: every column counts the same; imatrix: columns count by their statistics.
-ROUNDINGS = ("rtn", "imatrix")
+# rtn: every column counts the same; imatrix: columns count by their statistics; gptq: with error feedback as well.
+ROUNDINGS = ("rtn", "imatrix", "gptq")
 # awq, smoothquant: channels are rescaled before, so that what counts most is rounded finest.
 RESCALINGS = ("awq", "smoothquant")
 
@@ -28,6 +28,11 @@ class Method:
     def weighted(self) -> bool:
         """Whether the statistics say how much a column counts."""
         return self.rounding != "rtn"
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether what rounding a column misses is taken out of the columns behind it."""
+        return self.rounding == "gptq"
 
 
 def method_named(text: str) -> Method:

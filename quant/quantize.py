@@ -1,14 +1,15 @@
-"""The stage quantize: every matrix is rounded to nearest onto a block format whose scales fit its statistics.
+"""The stage quantize: every matrix is rounded onto a block format whose scales fit its statistics.
 
 The error that the scale search makes least is sum_c E[x_c^2] (w_c - q_c)^2 for each row: what the layer's output loses
 if its inputs were uncorrelated. Without statistics every column counts the same. A last gain on the scales keeps the
-layer's output at full strength, which least squares alone would shrink (native/src/encode/search.h).
+layer's output at full strength, which least squares alone would shrink (native/src/encode/search.h). Where the
+statistics hold their text, error feedback does better (gptq.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +24,11 @@ from rondel.converters.family import EMBEDDING
 from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
-from rondel.converters.stats import Stats
+from rondel.converters.stats import OUTPUT_IN, Stats
 from rondel.native.formats import encode, format_bytes
 from rondel.quant import rescaling
 from rondel.quant.awq import Rounding
+from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import Method, method_named
 from rondel.quant.mixtures import (
@@ -39,12 +41,13 @@ from rondel.quant.mixtures import (
     model_of,
 )
 from rondel.quant.rescaled_view import RescaledView, Rescaling, rescaled_importance
-from rondel.quant.rounding import Encoder, round_matrix, stored
+from rondel.quant.rounding import Encoder, Rounded, round_matrix, stored
 from rondel.quant.rtn import AffineEncoder, check_granularity
+from rondel.quant.sequential import FEWEST_WINDOWS
 from rondel.quant.stage import stage_record
+from rondel.quant.workers import Workers, check_device
 
 TARGETS = ("llama.cpp", "rondel")
-DEFAULT_METHOD = "imatrix"
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,17 @@ class QuantizeConfig:
     `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
     leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
     that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
-    mixture's rules off. `method` is a name of methods.py; `granularity` says which weights share a scale with rtn
-    ("group", "channel" or "tensor").
+    mixture's rules off. `method` is a name of methods.py; gptq takes the float model's activations where not
+    `sequential`, else those behind the matrices that are rounded already, and where `asymmetric` makes up for what
+    those lost. `granularity` says which weights share a scale with rtn ("group", "channel" or "tensor").
     """
 
     type: str = "Q4_K_M"
-    method: str | None = None  # None: imatrix
+    method: str | None = None  # None: gptq where the statistics hold second moments and text, else imatrix
     granularity: str = "group"  # of rtn: the others choose the scales of every group
     alpha: float | None = None  # of awq and smoothquant: None searches it for awq, and is 0.5 for smoothquant
+    sequential: bool = True
+    asymmetric: bool = False
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None
@@ -117,13 +123,31 @@ def _target(source: Checkpoint, config: QuantizeConfig) -> str:
     return target
 
 
-def _resolve(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfig:
+def _method(config: QuantizeConfig, importance: Importance | None) -> Method:
+    """The method asked for, or the best one that the statistics allow."""
+    stats = importance.stats if importance else None
+    windows = stats.windows() if stats else None
+    enough = windows is not None and len(windows) >= FEWEST_WINDOWS
+    if config.method is None:
+        full = stats is not None and stats.has(None, OUTPUT_IN, "second_moment")
+        return Method("gptq" if enough and full else "imatrix")
+    method = method_named(config.method)
+    if method.feeds_back and not enough:
+        given = importance.name if importance else "no statistics"
+        raise RondelError(
+            f"--method {config.method}: {given}, but error feedback needs the statistics of rondel calibrate with "
+            f"{FEWEST_WINDOWS} windows of text or more; calibrate again and give them with --stats"
+        )
+    return method
+
+
+def _resolve(source: Checkpoint, config: QuantizeConfig, importance: Importance | None) -> QuantizeConfig:
     """The config with every name checked and spelled as the formats are."""
     target = _target(source, config)
     resolved = replace(
         config,
         type=mixture_named(config.type),
-        method=method_named(DEFAULT_METHOD if config.method is None else config.method).name,
+        method=_method(config, importance).name,
         tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
         embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
         output_type=format_named(config.output_type) if config.output_type else None,
@@ -158,8 +182,8 @@ def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importan
         raise RondelError(f"{source.root}: is quantized already; quantize the float model that it was made from")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; quantize before that")
-    config = _resolve(source, config)
     importance = _as_importance(stats)
+    config = _resolve(source, config, importance)
     shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
     policy = Policy(
         config.type, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type
@@ -255,21 +279,53 @@ def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Pr
     return replace(task, rescaling=found)
 
 
-def _write_shard(task: _Task, output: StageOutput, shard: str, names: list[str], threads: int) -> None:
-    tensors: dict[str, torch.Tensor | Packed] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for name in names:
-        weights = task.model.read(name)
-        choice = task.choices.get(name)
-        if choice is None:
-            tensors[name] = weights.to(torch.float32)
+RoundShard = Callable[[str, Sequence[str]], dict[str, Rounded]]  # a shard and its matrices
+
+
+def _plain_rounding(task: _Task, threads: int, starting: Starting) -> RoundShard:
+    """Every matrix by itself."""
+
+    def rounded(shard: str, names: Sequence[str]) -> dict[str, Rounded]:
+        found = {}
+        for name in names:
+            starting([name])
+            weights = task.model.read(name)
+            format, means, encoder = task.choices[name].format, task.means(name), task.encoder(weights)
+            found[name] = round_matrix(name, weights, format, means, threads, encoder=encoder)
+        return found
+
+    return rounded
+
+
+def _feedback_request(task: _Task, device: str) -> Request:
+    formats = {name: choice.format for name, choice in task.choices.items()}
+    windows = task.importance.stats.windows() if task.importance and task.importance.stats else None
+    assert windows is not None, "the method was refused"
+    config = task.config
+    return Request(task.model, formats, task.means, windows, config.sequential, config.asymmetric, device)
+
+
+def _write_shards(task: _Task, output: StageOutput, shards: Mapping[str, list[str]], round_shard: RoundShard) -> None:
+    for shard, names in shards.items():
+        if output.done(shard):
             continue
-        means = task.means(name)
-        packed, error = round_matrix(name, weights, choice.format, means, threads, encoder=task.encoder(weights))
-        tensors[name] = stored(choice.format, packed, tuple(weights.shape))
-        # six digits: the sum's last ones depend on the machine
-        results[name] = _describe(task, name) | {"error": float(f"{error:.6g}"), "weighted": means is not None}
-    output.write(shard, tensors, results)
+        rounded = round_shard(shard, [name for name in names if name in task.choices])
+        tensors: dict[str, torch.Tensor | Packed] = {}
+        for name in names:
+            if name in rounded:
+                tensors[name] = stored(task.choices[name].format, rounded[name].packed, task.source.info(name).shape)
+            else:
+                tensors[name] = task.model.read_float(name)
+        output.write(shard, tensors, {name: _describe(task, name) | made.to_json() for name, made in rounded.items()})
+
+
+def _kept_plain(results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A warning about the matrices whose codes with error feedback were not better."""
+    judged = [result["method"] for result in results.values() if "held_out_error" in result]
+    plain = judged.count(PLAIN)
+    if not plain:
+        return []
+    return [f"{plain} of {len(judged)} matrices keep plain codes: feedback did not lower their error on held-out text"]
 
 
 def quantize(
@@ -285,25 +341,38 @@ def quantize(
 ) -> Checkpoint:
     """Round every matrix of `source` and write the folder `out`; norms, biases and RoPE factors stay F32.
 
-    The manifest's "quantization" keeps, per matrix, its format, bytes and weighted relative squared error. `device`
-    is accepted as in every stage: rounding runs in C on the processor.
+    The manifest's "quantization" keeps, per matrix, its format, bytes and weighted relative squared error; with error
+    feedback also the method whose codes were kept and both methods' errors on held-out text. `device` is where the
+    model runs and second moments are added up and factored; codes are found in C on the processor.
     """
     task = _prepare(source, config, stats)
-    output = StageOutput(out, task.record(), force=force)
+    check_device(device)
+    output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES if task.method.feeds_back else ())
     if output.finished:
         return open_checkpoint(out)
     task = _rescale(task, output, threads, progress)
     shards = source.shards()
-    for done, (shard, names) in enumerate(shards.items()):
-        progress(done, len(shards), shard)
-        if not output.done(shard):
-            _write_shard(task, output, shard, names, threads or os.cpu_count() or 1)
-    progress(len(shards), len(shards), "done")
+    done = [name for shard, names in shards.items() if output.done(shard) for name in names if name in task.choices]
+    begun = len(done)
+
+    def starting(names: Sequence[str]) -> None:
+        nonlocal begun
+        progress(begun, len(task.choices), names[0].removesuffix(".weight"))
+        begun += len(names)
+
+    with Workers(threads) as workers:
+        if task.method.feeds_back:
+            feedback = FeedbackRounding(_feedback_request(task, device), output, workers, starting)
+            _write_shards(task, output, shards, feedback.round)
+            feedback.remove()
+        else:
+            _write_shards(task, output, shards, _plain_rounding(task, workers.threads, starting))
+    progress(len(task.choices), len(task.choices), "done")
     results = {name: result for shard in shards for name, result in output.result(shard).items()}
     manifest = source.carried() | {
         "target": task.config.target,
         "stages": [*source.stages, task.record()],
-        "quantization": {"tensors": results, "warnings": task.warnings},
+        "quantization": {"tensors": results, "warnings": [*task.warnings, *_kept_plain(results)]},
     }
     if task.rescaling is not None:
         manifest["quantization"]["rescaling"] = task.rescaling.groups

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +26,25 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """The packed bytes of a matrix, and what the manifest tells of it."""
+
+    packed: Bytes
+    error: float  # weighted relative squared error of the weights
+    weighted: bool  # by the statistics' diagonal; else every column counts the same
+    told: Mapping[str, Any] = field(default_factory=dict)  # more, by the method
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest holds."""
+        return {"error": six_digits(self.error), "weighted": self.weighted, **self.told}
+
+
+def six_digits(value: float) -> float:
+    """A measured number for the manifest: its last digits depend on the machine."""
+    return float(f"{value:.6g}")
+
+
 def row_pieces(rows: int, cols: int) -> Iterator[slice]:
     """Row ranges of at most WEIGHTS_AT_ONCE weights, whole panels of the tile formats."""
     step = max(16, WEIGHTS_AT_ONCE // cols // 16 * 16)
@@ -39,27 +60,37 @@ def error_sums(weights: Floats, decoded: Floats, importance: Means | None) -> tu
     return float(lost @ counts), float(whole @ counts)
 
 
+@contextmanager
+def naming(name: str, first: int = 0) -> Iterator[None]:
+    """What an encoder refuses, weights that are not finite above all, as a sentence with the matrix's name."""
+    try:
+        yield
+    except NativeError as error:
+        where = f"{name}, from row {first} on" if first else name
+        raise RondelError(f"{where}: {error}") from error
+
+
 def round_matrix(
     name: str, weights: torch.Tensor, format: str, importance: Means | None, threads: int, *, encoder: Encoder = encode
-) -> tuple[Bytes, float]:
-    """Round a matrix (rows, cols) to nearest: its packed bytes and its weighted relative squared error.
+) -> Rounded:
+    """Round a matrix (rows, cols) to nearest.
 
     `importance` (cols,) says how much each column counts; `name` is for the message about weights that are not finite.
     """
     rows, cols = weights.shape
     parts, lost, whole = [], 0.0, 0.0
     for piece in row_pieces(rows, cols):
-        values = weights[piece].to(torch.float32).contiguous().numpy()
-        try:
-            packed = encoder(format, values, importance, threads=threads)
-        except NativeError as error:
-            where = f"{name}, from row {piece.start} on" if piece.start else name
-            raise RondelError(f"{where}: {error}") from error
-        decoded = decode(format, packed, *values.shape)
-        piece_lost, piece_whole = error_sums(values, decoded, importance)
+        values = float_rows(weights, piece)
+        with naming(name, piece.start):
+            parts.append(encoder(format, values, importance, threads=threads))
+        piece_lost, piece_whole = error_sums(values, decode(format, parts[-1], *values.shape), importance)
         lost, whole = lost + piece_lost, whole + piece_whole
-        parts.append(packed)
-    return np.concatenate(parts), lost / whole if whole > 0 else 0.0
+    return Rounded(np.concatenate(parts), lost / whole if whole > 0 else 0.0, importance is not None)
+
+
+def float_rows(weights: torch.Tensor, rows: slice) -> Floats:
+    """Some rows as the encoders read them."""
+    return weights[rows].to(torch.float32).contiguous().numpy()
 
 
 def stored(format: str, packed: Bytes, shape: tuple[int, ...]) -> torch.Tensor | Packed:
