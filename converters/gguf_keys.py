@@ -108,7 +108,7 @@ class Rondel:
     TENSOR_NAME = "rondel.tensor.name"
     TENSOR_FORMAT = "rondel.tensor.format"
     TENSOR_SHAPE = "rondel.tensor.shape"
-    TENSOR_SHA256 = "rondel.tensor.sha256"  # one hexadecimal string: 64 digits a tensor, in the order of the tensors
+    TENSOR_SHA256 = "rondel.tensor.sha256"  # one hexadecimal string: 16 or 64 digits a tensor, in their order
     EXPORT_SHA256 = "rondel.export.sha256"  # of the inputs and settings that made the file
     SOURCE_NAME = "rondel.source.name"
     SOURCE_SHA256 = "rondel.source.sha256"

@@ -15,7 +15,7 @@ import numpy as np
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import General, Rondel, Split
 from rondel.converters.gguf_reader import GgufFile
-from rondel.converters.gguf_writer import Entry, Value, file_size, hashes_placeholder, padded, write_gguf
+from rondel.converters.gguf_writer import Entry, Value, file_size, hash_digits, hashes_placeholder, padded, write_gguf
 
 MOST_PARTS = 65535  # split.count is a u16
 SHARED_KEYS = (General.ALIGNMENT, Rondel.EXPORT_SHA256)  # in every part; all other metadata is in the first
@@ -71,7 +71,7 @@ def gguf_parts(
         raise RondelError(f"--split {most}: makes {len(runs)} files, at most {MOST_PARTS} are possible")
     stem = path.name.removesuffix(".gguf")
     parts: list[GgufPart] = []
-    first = 0
+    first, digits = 0, hash_digits(keys, entries)
     for number, run in enumerate(runs):
         kept = {key: keys[key] for key in SHARED_KEYS if key in keys} if number else dict(keys)
         place = path
@@ -80,7 +80,7 @@ def gguf_parts(
             kept[Split.NUMBER] = np.uint16(number)
             kept[Split.COUNT] = np.uint16(len(runs))
             kept[Split.TENSORS] = np.int32(len(entries))
-        kept[Rondel.TENSOR_SHA256] = hashes_placeholder(run)
+        kept[Rondel.TENSOR_SHA256] = hashes_placeholder(run, digits)
         parts.append(GgufPart(place, kept, first, run, alignment))
         first += len(run)
     return parts

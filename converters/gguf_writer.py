@@ -35,6 +35,8 @@ NUMPY_TYPES: dict[np.dtype[Any], int] = {
 }
 MAX_NAME_BYTES = 63  # of a tensor: ggml's limit, without its closing zero
 HASH_DIGITS = 64  # of one SHA-256 in hexadecimal
+SHORT_HASH_DIGITS = 16  # 64 bits tell damage; the file of a small quantized model should not grow by more
+FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
 
 Value = Any  # see the first lines of this file
 
@@ -94,7 +96,7 @@ def header(keys: Mapping[str, Value], entries: Sequence[Entry], alignment: int) 
         size += len(part)
         parts.append(part)
         if key == Rondel.TENSOR_SHA256:
-            hashes_at = size - HASH_DIGITS * len(entries)
+            hashes_at = size - len(value)
     offset = 0
     for entry in entries:
         assert len(entry.name.encode()) <= MAX_NAME_BYTES
@@ -110,9 +112,18 @@ def file_size(keys: Mapping[str, Value], entries: Sequence[Entry], alignment: in
     return len(header(keys, entries, alignment)[0]) + sum(padded(entry.bytes, alignment) for entry in entries)
 
 
-def hashes_placeholder(entries: Sequence[Entry]) -> str:
+def hash_digits(keys: Mapping[str, Value], entries: Sequence[Entry]) -> int:
+    """How much of each tensor's hash a file keeps: all of it where something else refers to it.
+
+    Float files are what others are made from, and copies of layers are bound to the hashes of their base.
+    """
+    packed = any(entry.type not in FLOAT_TYPES for entry in entries)
+    return SHORT_HASH_DIGITS if packed and f"{Rondel.REPLICATION}base.sha256" not in keys else HASH_DIGITS
+
+
+def hashes_placeholder(entries: Sequence[Entry], digits: int) -> str:
     """A string as long as the hashes of the tensors, which `write_gguf` replaces."""
-    return "0" * (HASH_DIGITS * len(entries))
+    return "0" * (digits * len(entries))
 
 
 def write_gguf(
@@ -131,13 +142,14 @@ def write_gguf(
     """
     start, hashes_at = header(keys, entries, alignment)
     digests = []
+    digits = len(keys.get(Rondel.TENSOR_SHA256, "")) // max(len(entries), 1)
     with path.open("wb") as file:
         file.write(start)
         for index, entry in enumerate(entries):
             data = np.ascontiguousarray(read(first + index)).reshape(-1).view(np.uint8).data
             assert len(data) == entry.bytes
             if hashes_at is not None:
-                digests.append(hashlib.sha256(data).hexdigest())
+                digests.append(hashlib.sha256(data).hexdigest()[:digits])
             file.write(data)
             file.write(bytes(padded(entry.bytes, alignment) - entry.bytes))
         if hashes_at is not None:

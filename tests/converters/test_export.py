@@ -22,6 +22,7 @@ from rondel.converters.folder import Packed
 from rondel.converters.gguf_keys import General, Rondel
 from rondel.converters.output import StageOutput
 from rondel.converters.rotation import Rotation
+from rondel.quant.quantize import QuantizeConfig, quantize
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,13 @@ def test_the_hashes_in_the_file_are_those_of_its_tensors(tmp_path: Path) -> None
     hashes = keys[Rondel.TENSOR_SHA256]
     found = [hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in tensors.values()]
     assert [hashes[64 * i : 64 * i + 64] for i in range(len(hashes) // 64)] == found
+
+
+def test_a_packed_file_keeps_the_first_digits_of_its_hashes(tmp_path: Path) -> None:
+    packed = quantize(tiny(tmp_path / "model"), tmp_path / "packed", QuantizeConfig(type="Q8_0"))
+    keys, tensors = read(export(packed, tmp_path / "f.gguf", ExportConfig())[0])
+    found = [hashlib.sha256(tensor.data.tobytes()).hexdigest()[:16] for tensor in tensors.values()]
+    assert keys[Rondel.TENSOR_SHA256] == "".join(found)
 
 
 def test_two_exports_are_identical_and_the_plan_is_exact(tmp_path: Path) -> None:
