@@ -22,7 +22,8 @@ from rondel.converters.folder import Packed
 from rondel.converters.gguf_keys import General, Rondel
 from rondel.converters.output import StageOutput
 from rondel.converters.rotation import Rotation
-from rondel.quant.quantize import QuantizeConfig, quantize
+from rondel.quant.quantize import QuantizeConfig
+from rondel.quant.quantize import quantize as quantize_checkpoint
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def test_the_hashes_in_the_file_are_those_of_its_tensors(tmp_path: Path) -> None
 
 
 def test_a_packed_file_keeps_the_first_digits_of_its_hashes(tmp_path: Path) -> None:
-    packed = quantize(tiny(tmp_path / "model"), tmp_path / "packed", QuantizeConfig(type="Q8_0"))
+    packed = quantize_checkpoint(tiny(tmp_path / "model"), tmp_path / "packed", QuantizeConfig(type="Q8_0"))
     keys, tensors = read(export(packed, tmp_path / "f.gguf", ExportConfig())[0])
     found = [hashlib.sha256(tensor.data.tobytes()).hexdigest()[:16] for tensor in tensors.values()]
     assert keys[Rondel.TENSOR_SHA256] == "".join(found)
