@@ -28,9 +28,9 @@ from rondel.quant.mixtures import is_matrix
 from rondel.quant.output_error import digits, moment_of, output_error
 from rondel.quant.quantize import QuantizeConfig, plan, quantize
 from rondel.quant.rescaled_view import RescaledView
+from rondel.quant.sequential import split_windows
 from rondel.quant.workers import Workers, check_device
 
-HELD_OUT = 8  # every eighth window, the last of each eight: gptq learns nothing from them
 WINDOWS_JUDGED = 32  # at most
 PREDICTIONS = ("mean_kl", "kl_99_9", "same_top", "perplexity")
 
@@ -81,6 +81,8 @@ def matrix_errors(comparison: Comparison, made: Checkpoint, method: Method, work
     decoded: Checkpoint = DecodedView(made)
     groups = made.manifest["quantization"].get("rescaling")
     if groups:
+        chosen = made.manifest["quantization"].get("auto")
+        method = method_named(chosen["chosen"]) if chosen else method
         scales = rescaling.of_groups(source, method, importance, groups)
         decoded = RescaledView(decoded, {place: 1 / scale for place, scale in scales.items()})
     errors = {}
@@ -134,8 +136,7 @@ def held_out(stats: Stats | None) -> Any:
     windows = stats.windows() if stats else None
     if windows is None:
         return None
-    kept = windows[HELD_OUT - 1 :: HELD_OUT]
-    return (kept if len(kept) else windows[-1:])[:WINDOWS_JUDGED]
+    return windows[split_windows(len(windows))[1]][:WINDOWS_JUDGED]  # gptq learns nothing from those
 
 
 def compare(

@@ -12,9 +12,12 @@ ROUNDINGS = ("rtn", "imatrix", "gptq")
 RESCALINGS = ("awq", "smoothquant")
 
 
+AUTO = "auto"  # tries the others on some layers and takes the best
+
+
 @dataclass(frozen=True)
 class Method:
-    """`rounding` is one of ROUNDINGS, `rescaling` one of RESCALINGS or None."""
+    """`rounding` is one of ROUNDINGS (or AUTO, until it has chosen), `rescaling` one of RESCALINGS or None."""
 
     rounding: str
     rescaling: str | None = None
@@ -37,10 +40,12 @@ class Method:
 
 def method_named(text: str) -> Method:
     """The method of a name; a rescaling alone is followed by imatrix. Raises RondelError for unknown names."""
+    if text.strip().lower() == AUTO:
+        return Method(AUTO)
     rescaling, plus, rounding = text.strip().lower().rpartition("+")
     if not plus and rounding in RESCALINGS:
         rescaling, rounding = rounding, "imatrix"
     if rounding not in ROUNDINGS or (rescaling not in RESCALINGS if rescaling or plus else False):
         prefixes = f", also behind {' or '.join(f'{name}+' for name in RESCALINGS)}" if RESCALINGS else ""
-        raise RondelError(f"--method {text}: expected one of {', '.join(ROUNDINGS)}{prefixes}")
+        raise RondelError(f"--method {text}: expected one of {', '.join(ROUNDINGS)}{prefixes}; or {AUTO}")
     return Method(rounding, rescaling or None)

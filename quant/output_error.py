@@ -7,8 +7,6 @@ uncorrelated. Rows are measured in pieces of a fixed size on one thread each: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -16,7 +14,7 @@ from rondel.converters.checkpoint import Checkpoint
 from rondel.quant.importance import Importance, site_of
 from rondel.quant.workers import Workers
 
-ROWS = 64  # in a piece: whole panels of the tile formats
+ROWS = 64  # in a piece
 
 
 def moment_of(importance: Importance, source: Checkpoint, name: str) -> torch.Tensor | None:
@@ -35,24 +33,17 @@ def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:
     return float((product * matrix).sum(dtype=torch.float64))
 
 
-def relative_error(
-    weights: torch.Tensor, rounded: Callable[[slice], torch.Tensor], moment: torch.Tensor, workers: Workers
-) -> float:
-    """tr(E H E^T) / tr(W H W^T) of weights W (rows, cols); `rounded` gives what some of the rows decode to."""
+def output_error(weights: torch.Tensor, decoded: torch.Tensor, moment: torch.Tensor, workers: Workers) -> float:
+    """tr(E H E^T) / tr(W H W^T) of weights W (rows, cols) that were rounded to `decoded`."""
 
     def measure(first: int) -> tuple[float, float]:
-        piece = slice(first, min(first + ROWS, len(weights)))
-        rows = weights[piece].to(torch.float32)
-        return energy(rounded(piece) - rows, moment), energy(rows, moment)
+        rows = weights[first : first + ROWS].to(torch.float32)
+        error = decoded[first : first + ROWS].to(torch.float32) - rows
+        return energy(error, moment), energy(rows, moment)
 
     sums = list(workers.map(measure, range(0, len(weights), ROWS)))
     lost, whole = np.sum(sums, axis=0)
     return float(lost / whole) if whole > 0 else 0.0
-
-
-def output_error(weights: torch.Tensor, decoded: torch.Tensor, moment: torch.Tensor, workers: Workers) -> float:
-    """The relative error of a matrix that is rounded already."""
-    return relative_error(weights, lambda rows: decoded[rows].to(torch.float32), moment, workers)
 
 
 def digits(error: float) -> float:

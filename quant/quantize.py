@@ -26,11 +26,10 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import OUTPUT_IN, Stats
 from rondel.native.formats import encode, format_bytes
-from rondel.quant import rescaling
-from rondel.quant.awq import Rounding
+from rondel.quant import automatic, rescaling
 from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
-from rondel.quant.methods import Method, method_named
+from rondel.quant.methods import AUTO, Method, method_named
 from rondel.quant.mixtures import (
     Choice,
     Policy,
@@ -45,6 +44,7 @@ from rondel.quant.rounding import Encoder, Rounded, round_matrix, stored
 from rondel.quant.rtn import AffineEncoder, check_granularity
 from rondel.quant.sequential import FEWEST_WINDOWS
 from rondel.quant.stage import stage_record
+from rondel.quant.trial import Rounding
 from rondel.quant.workers import Workers, check_device
 
 TARGETS = ("llama.cpp", "rondel")
@@ -87,6 +87,7 @@ class _Task:
     choices: dict[str, Choice]
     warnings: list[str]
     rescaling: Rescaling | None = None  # chosen before the first matrix is rounded
+    choice: dict[str, Any] | None = None  # why auto took its method
 
     @cached_property
     def model(self) -> Checkpoint:
@@ -108,6 +109,11 @@ class _Task:
         """What rounds the pieces of one matrix."""
         return AffineEncoder(weights, self.config.granularity) if self.method.rounding == "rtn" else encode
 
+    def rounding(self) -> Rounding:
+        """How the method rounds, for those who try scales or methods before."""
+        formats = {name: choice.format for name, choice in self.choices.items()}
+        return Rounding(formats, self.encoder, self.method.weighted, self.method.feeds_back)
+
     def record(self) -> dict[str, Any]:
         """The stage's record for the manifest."""
         return stage_record("quantize", self.config, source=self.source, stats=self.importance)
@@ -123,11 +129,16 @@ def _target(source: Checkpoint, config: QuantizeConfig) -> str:
     return target
 
 
+def _holds_text(importance: Importance | None) -> bool:
+    """Whether the statistics hold text enough for error feedback."""
+    windows = importance.stats.windows() if importance and importance.stats else None
+    return windows is not None and len(windows) >= FEWEST_WINDOWS
+
+
 def _method(config: QuantizeConfig, importance: Importance | None) -> Method:
     """The method asked for, or the best one that the statistics allow."""
     stats = importance.stats if importance else None
-    windows = stats.windows() if stats else None
-    enough = windows is not None and len(windows) >= FEWEST_WINDOWS
+    enough = _holds_text(importance)
     if config.method is None:
         full = stats is not None and stats.has(None, OUTPUT_IN, "second_moment")
         return Method("gptq" if enough and full else "imatrix")
@@ -258,19 +269,31 @@ def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance |
     }
 
 
+def _decide(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
+    """The task with the method that auto takes, found now or by the run that was interrupted."""
+    if task.method.name != AUTO:
+        return task
+    if not output.done(AUTO):
+        feedback = _holds_text(task.importance)
+        methods = automatic.candidates(task.source, task.importance, feedback=feedback) if task.importance else []
+        roundings = {method: replace(task, method=method).rounding() for method in methods}
+        found = automatic.choose(task.source, task.importance, roundings, threads=threads, progress=progress)
+        output.write(AUTO, {}, found)
+    choice: dict[str, Any] = output.result(AUTO)
+    return replace(task, method=method_named(choice["chosen"]), choice=choice)
+
+
 def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
     """The task with the scales of its method, chosen now or by the run that was interrupted."""
     if task.method.rescaling is None or task.importance is None:
         return task
     found = rescaling.kept(output, task.source)
     if found is None:
-        formats = {name: choice.format for name, choice in task.choices.items()}
-        rounding = Rounding(formats, task.encoder, task.method.weighted)
         found = rescaling.choose(
             task.source,
             task.method,
             task.importance,
-            rounding,
+            task.rounding(),
             alpha=task.config.alpha,
             threads=threads,
             progress=progress,
@@ -347,10 +370,10 @@ def quantize(
     """
     task = _prepare(source, config, stats)
     check_device(device)
-    output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES if task.method.feeds_back else ())
+    output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES)
     if output.finished:
         return open_checkpoint(out)
-    task = _rescale(task, output, threads, progress)
+    task = _rescale(_decide(task, output, threads, progress), output, threads, progress)
     shards = source.shards()
     done = [name for shard, names in shards.items() if output.done(shard) for name in names if name in task.choices]
     begun = len(done)
@@ -374,6 +397,8 @@ def quantize(
         "stages": [*source.stages, task.record()],
         "quantization": {"tensors": results, "warnings": [*task.warnings, *_kept_plain(results)]},
     }
+    if task.choice is not None:
+        manifest["quantization"]["auto"] = task.choice
     if task.rescaling is not None:
         manifest["quantization"]["rescaling"] = task.rescaling.groups
     if task.importance is not None and task.importance.calibration:

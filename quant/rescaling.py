@@ -13,10 +13,10 @@ from rondel.converters.folder import read_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.quant import awq, smoothquant
-from rondel.quant.awq import Rounding
 from rondel.quant.importance import Importance, check_importance
 from rondel.quant.methods import Method
 from rondel.quant.rescaled_view import Place, Rescaling, place_name, rescalable
+from rondel.quant.trial import Rounding, shared_means
 
 SHARD = "rescaling"  # of the journal alone: an interrupted run does not search again
 
@@ -73,7 +73,7 @@ def of_groups(
             layer, site = place
             means = importance.of(source, block_tensor(int(layer or 0), source.family.readers(site)[0].role))
             assert means is not None
-            shared = awq.shared_means(source, site, torch.from_numpy(means))
+            shared = shared_means(source, site, torch.from_numpy(means))
             scales[place] = awq.scale_of(shared, groups[place_name(place)]["alpha"])
     return scales
 

@@ -43,13 +43,23 @@ def _places(source: Checkpoint, layer: int) -> list[Place]:
     return [place for place in rescalable(source, layer) if source.family.norm_making(place[1]) is not None]
 
 
+def scale_at(source: Checkpoint, stats: Stats, place: Place, alpha: float = ALPHA) -> torch.Tensor | None:
+    """The scales of one place, (d,) F32, or None where no norm takes them up."""
+    layer, site = place
+    if layer is None or place not in _places(source, layer):
+        return None
+    names = [block_tensor(layer, linear.role) for linear in source.family.readers(site)]
+    most = torch.stack([source.read(name).abs().amax(0).to(torch.float32) for name in names]).amax(0)
+    return scale_of(stats.absmax(layer, site), most, alpha)
+
+
 def choose(source: Checkpoint, stats: Stats, *, alpha: float = ALPHA, progress: Progress = silent) -> Rescaling:
     """The scales of every norm of a block; `check` has been called."""
     scales: dict[Place, torch.Tensor] = {}
     for layer in range(source.numbers.layers):
         progress(layer, source.numbers.layers, f"scales of layer {layer}")
         for place in _places(source, layer):
-            names = [block_tensor(layer, linear.role) for linear in source.family.readers(place[1])]
-            most = torch.stack([source.read(name).abs().amax(0).to(torch.float32) for name in names]).amax(0)
-            scales[place] = scale_of(stats.absmax(*place), most, alpha)
+            scale = scale_at(source, stats, place, alpha)
+            assert scale is not None
+            scales[place] = scale
     return Rescaling(scales, {place_name(place): {"alpha": alpha} for place in scales})
