@@ -103,7 +103,7 @@ def test_what_the_search_measures_is_what_the_file_has(
     assert sum(gained) >= len(gained) / 2  # the channels that stand out are worth a scale
 
 
-@pytest.mark.parametrize("method", ["awq", "smoothquant", "awq+rtn"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "awq+rtn", "awq+gptq"])
 def test_the_written_model_computes_the_same_function(
     model: Checkpoint, stats: Stats, tmp_path: Path, method: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_an_interrupted_run_does_not_search_again_and_threads_change_nothing(
     whole = quantize(model, tmp_path / "whole", config, stats, threads=1)
 
     def stop(done: int, total: int, what: str) -> None:
-        if what == "blk-00001":
+        if what.startswith("blk.1."):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
