@@ -174,6 +174,8 @@ def quantize(
         seed=seed,
     )
     if report:
+        if dry_run or compare:
+            raise RondelError("--report tells of a model that was written; leave out --dry-run or --compare")
         check_report(report)
     source = open_checkpoint(model)
     importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)

@@ -150,6 +150,15 @@ def test_a_bad_report_is_refused_before_the_work(name: str, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_has_no_report(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = rondel(
+        "quantize", tiny_model("llama", tmp_path / "tiny"), "-o", tmp_path / "out", "--dry-run", "--report", page
+    )
+    assert (done.code, page.exists()) == (1, False)
+    assert "leave out --dry-run" in done.stderr
+
+
 def test_a_folder_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(RondelError, match="a file in a folder"):
