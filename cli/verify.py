@@ -124,7 +124,7 @@ def _base_of_file(file: File, hashes: dict[str, str]) -> list[str]:
     prefixes = tuple(f"blk.{layer}." for layer in replicated_layers(record))
     bases = [tensor for tensor in file.tensors if prefixes and tensor.name.startswith(prefixes)]
     converted = any(tensor.format in PLAIN and len(tensor.shape) > 1 for tensor in bases)
-    if converted or not all(tensor.name in hashes for tensor in bases):
+    if converted or any(len(hashes.get(tensor.name, "")) < max(DIGITS) for tensor in bases):
         return []
     return _base(record, hashes)
 
