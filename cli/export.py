@@ -24,12 +24,14 @@ from rondel.converters.errors import RondelError
 UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
 
 
-def parse_size(text: str) -> int:
-    """A number of bytes, as llama.cpp counts them: "2G" is two thousand million."""
+def parse_size(option: str, text: str) -> int:
+    """A number of bytes, as llama.cpp counts them: "2G" is two thousand million, "2.5G" five hundred more."""
     digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
-    if not (digits.isdecimal() and int(digits)):
-        raise RondelError(f"--split {text}: expected a number of bytes such as 500M or 2G")
-    return int(digits) * unit
+    whole, point, decimals = digits.partition(".")
+    count = int(whole + decimals) * unit // 10 ** len(decimals) if (whole + decimals).isdecimal() else 0
+    if not count or (point and unit == 1):
+        raise RondelError(f"{option} {text}: expected a number of bytes such as 500M or 2.5G")
+    return count
 
 
 def export(
@@ -89,7 +91,7 @@ def export(
     out = Path(output)
     config = stage.ExportConfig(
         type=type_,
-        split=parse_size(split) if split else None,
+        split=parse_size("--split", split) if split else None,
         materialize=materialize,
         target=target,
         name=name,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rondel.cli import comparison, console
+from rondel.cli.export import parse_size
 from rondel.cli.options import (
     DeviceOption,
     DryRunOption,
@@ -44,9 +45,30 @@ def quantize(
         ),
     ] = None,
     type_: Annotated[
-        str,
-        typer.Option("--type", metavar="TYPE", help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128."),
-    ] = "Q4_K_M",
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128. Default: Q4_K_M.",
+        ),
+    ] = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--bpw",
+            metavar="BITS",
+            help="Instead of --type: the formats that lose least at so many bits a weight. Needs --stats.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="The same, for a GGUF file of at most 900M, 2.5G, ...")
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like", metavar="TYPE", help="The same, for a file as large as llama.cpp's mixture, or smaller."
+        ),
+    ] = None,
     stats: StatsOption = None,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="An imatrix GGUF of llama.cpp, instead of --stats.")
@@ -136,7 +158,8 @@ def quantize(
     The scales of each block are searched for the smallest error, weighted by what calibrate saw. Where the statistics
     hold the text they were measured on, the model runs on it, and each column makes up for what the ones before it
     lost; text that is held out decides for each matrix whether that is better. Rows that do not fit
-    a format's blocks fall back to the format that llama.cpp would take, and the report says so.
+    a format's blocks fall back to the format that llama.cpp would take, and the report says so. With --bpw, --size or
+    --like every matrix gets a format of its own: the model runs to learn how much each matrix's errors count.
 
     Example:
 
@@ -144,6 +167,7 @@ def quantize(
       rondel quantize MODEL --stats calib/ --type Q4_K_M -o quantized/
       rondel quantize MODEL --type Q2_K --tensor ffn_down=Q4_K -o quantized/
       rondel quantize MODEL --stats calib/ --type Q2_K --compare --methods imatrix,awq
+      rondel quantize MODEL --stats calib/ --size 900M --dry-run -o quantized/
     """
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import stats_for
@@ -161,6 +185,9 @@ def quantize(
         raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
     config = stage.QuantizeConfig(
         type=type_,
+        bpw=bpw,
+        size=parse_size("--size", size) if size else None,
+        like=like,
         method=method,
         granularity=granularity,
         alpha=alpha,
@@ -186,7 +213,9 @@ def quantize(
         return console.result(told, comparison.text(told), as_json=as_json, quiet=quiet)
     assert output is not None
     if dry_run:
-        return console.plan(stage.plan(source, config, importance), as_json=as_json)
+        with console.progress(quiet=quiet) as progress:
+            planned = stage.plan(source, config, importance, threads=jobs, device=device, progress=progress)
+        return console.plan(planned, as_json=as_json)
     with console.progress(quiet=quiet) as progress:
         made = stage.quantize(
             source, output, config, importance, threads=jobs, device=device, force=force, progress=progress

@@ -18,7 +18,7 @@ from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import ALIGNMENT, EXTENDED_ALIGNMENT, General, Rondel
 from rondel.converters.gguf_parts import GgufPart, gguf_parts, is_made, write_parts
-from rondel.converters.gguf_writer import HASH_DIGITS, Entry, Value
+from rondel.converters.gguf_writer import HASH_DIGITS, Entry, Value, header
 from rondel.converters.metadata import (
     describe,
     extension_version,
@@ -82,11 +82,13 @@ def _check(source: Checkpoint, config: ExportConfig) -> None:
 
 
 def _encoding(source: Checkpoint, config: ExportConfig, tensors: list[Outgoing]) -> str:
-    """The name of the type or mixture: what the user asked of quantize, or the float type that most weights have."""
+    """The name of the type or mixture: what the user asked of quantize, or the type that most weights have."""
     if source.quantized:
         for stage in reversed(source.stages):
-            if stage.get("name") == "quantize" and isinstance(stage.get("config", {}).get("type"), str):
-                return str(stage["config"]["type"])
+            config_of = stage.get("config", {}) if stage.get("name") == "quantize" else {}
+            asked = config_of.get("type") or config_of.get("like")
+            if isinstance(asked, str):
+                return asked
     sizes: dict[str, int] = {}
     for tensor in tensors:
         if len(tensor.shape) > 1:
@@ -155,6 +157,17 @@ def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool, recipe: 
     keys[Rondel.EXPORT_SHA256] = _inputs_sha256(source, config, recipe) if hashed else NO_HASH
     entries = [entry(tensor) for tensor in tensors]
     return _Content(tensors, entries, keys, alignment, encoding, file_name(described, encoding))
+
+
+def header_bytes(source: Checkpoint) -> tuple[int, int]:
+    """Bytes before the tensors of the file that `export` writes: all, and without the keys of rondel's own.
+
+    Only the manifest and the side files are read: the tensors of `source` need not be there yet.
+    """
+    part = _content(source, ExportConfig(), hashed=False).files(Path("model.gguf"), None)[0]
+    standard = {key: value for key, value in part.keys.items() if not key.startswith(Rondel.PREFIX)}
+    whole, rest = (len(header(keys, part.entries, part.alignment)[0]) for keys in (part.keys, standard))
+    return whole, rest
 
 
 def _inputs_sha256(source: Checkpoint, config: ExportConfig, recipe: str | None) -> str:

@@ -102,6 +102,7 @@ class Rondel:
     """What this project adds (formats.md)."""
 
     ARCHITECTURE = "rondel"  # the value of general.architecture where llama.cpp must refuse the file
+    PREFIX = "rondel."
     BASE_ARCHITECTURE = "rondel.architecture"
     VERSION = "rondel.version"
     REQUIRES = "rondel.requires"

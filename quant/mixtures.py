@@ -263,6 +263,15 @@ def _by_rule(name: str, cols: int, policy: Policy, model: Model, seen: dict[str,
     return _by_part(part, mixture, model, position)
 
 
+def forced_format(name: str, policy: Policy) -> str | None:
+    """The format that the user's overrides give a tensor, if any."""
+    if name == EMBEDDING and policy.embedding:
+        return policy.embedding
+    if name == OUTPUT and policy.output:
+        return policy.output
+    return next((format for pattern, format in policy.overrides if pattern.search(name)), None)
+
+
 def choose_formats(shapes: Mapping[str, tuple[int, ...]], policy: Policy, model: Model) -> dict[str, Choice]:
     """The format of every matrix in `shapes` (canonical names in the order of the layers)."""
     choices = {}
@@ -270,13 +279,9 @@ def choose_formats(shapes: Mapping[str, tuple[int, ...]], policy: Policy, model:
     for name, shape in shapes.items():
         if not is_matrix(name, shape):
             continue
-        manual = next((format for pattern, format in policy.overrides if pattern.search(name)), None)
-        if name == EMBEDDING and policy.embedding:
-            wanted = policy.embedding
-        elif name == OUTPUT and policy.output:
-            wanted = policy.output
-        elif manual:
-            wanted = manual
+        forced = forced_format(name, policy)
+        if forced:
+            wanted = forced
         elif policy.pure:
             wanted = MIXTURES.get(policy.mixture, policy.mixture)
         else:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import OUTPUT_IN, Stats
 from rondel.native.formats import encode, format_bytes
 from rondel.quant import automatic, rescaling
+from rondel.quant.budget import Allocated, Budget, Spending, budget_of, check_statistics, choices_of, spread
 from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import AUTO, Method, method_named
@@ -48,6 +50,8 @@ from rondel.quant.trial import Rounding
 from rondel.quant.workers import Workers, check_device
 
 TARGETS = ("llama.cpp", "rondel")
+ALLOCATION = "allocation"  # in the journal alone: an interrupted run does not choose again
+DEFAULT_TYPE = "Q4_K_M"
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ class QuantizeConfig:
     `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
     leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
     that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
-    mixture's rules off. `method` is a name of methods.py; gptq takes the float model's activations where not
-    `sequential`, else those behind the matrices that are rounded already, and where `asymmetric` makes up for what
-    those lost. `granularity` says which weights share a scale with rtn ("group", "channel" or "tensor").
+    mixture's rules off. One of `bpw`, `size` and `like` instead of `type` is a budget, for which the formats are chosen
+    by what they cost (budget.py); overrides hold. `method` is a name of methods.py; gptq takes the float model's
+    activations where not `sequential`, else those behind the matrices that are rounded already, and where `asymmetric`
+    makes up for what those lost. `granularity` says which weights share a scale with rtn ("group", "channel" or
+    "tensor").
     """
 
-    type: str = "Q4_K_M"
+    type: str | None = None  # None: Q4_K_M, unless there is a budget
+    bpw: float | None = None  # bits a weight of all tensors together
+    size: int | None = None  # bytes of the GGUF file
+    like: str | None = None  # a mixture of llama.cpp: the bytes of its file
     method: str | None = None  # None: gptq where the statistics hold second moments and text, else imatrix
     granularity: str = "group"  # of rtn: the others choose the scales of every group
     alpha: float | None = None  # of awq and smoothquant: None searches it for awq, and is 0.5 for smoothquant
@@ -86,6 +95,9 @@ class _Task:
     importance: Importance | None
     choices: dict[str, Choice]
     warnings: list[str]
+    policy: Policy
+    budget: Budget | None
+    allocated: Allocated | None = None  # where there is a budget: chosen before the rescaling
     rescaling: Rescaling | None = None  # chosen before the first matrix is rounded
     choice: dict[str, Any] | None = None  # why auto took its method
 
@@ -103,6 +115,8 @@ class _Task:
 
     def means(self, name: str) -> Means | None:
         """How much each column of a matrix counts, or None where all count the same."""
+        if name == EMBEDDING and self.allocated and self.allocated.embedding is not None:
+            return self.allocated.embedding
         return self.seen.of(self.source, name) if self.seen and self.method.weighted else None
 
     def encoder(self, weights: torch.Tensor) -> Encoder:
@@ -152,12 +166,24 @@ def _method(config: QuantizeConfig, importance: Importance | None) -> Method:
     return method
 
 
-def _resolve(source: Checkpoint, config: QuantizeConfig, importance: Importance | None) -> QuantizeConfig:
+def _type(config: QuantizeConfig, budget: Budget | None) -> str | None:
+    if budget is None:
+        return mixture_named(DEFAULT_TYPE if config.type is None else config.type)
+    if config.type is not None or config.pure:
+        other = "--pure" if config.pure else f"--type {config.type}"
+        raise RondelError(f"{budget.option}: chooses the types itself; leave out {other}, or force some with --tensor")
+    return None
+
+
+def _resolve(
+    source: Checkpoint, config: QuantizeConfig, budget: Budget | None, importance: Importance | None
+) -> QuantizeConfig:
     """The config with every name checked and spelled as the formats are."""
     target = _target(source, config)
     resolved = replace(
         config,
-        type=mixture_named(config.type),
+        type=_type(config, budget),
+        like=budget.like if budget else None,
         method=_method(config, importance).name,
         tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
         embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
@@ -194,17 +220,21 @@ def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importan
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; quantize before that")
     importance = _as_importance(stats)
-    config = _resolve(source, config, importance)
+    budget = budget_of(config.bpw, config.size, config.like)
+    config = _resolve(source, config, budget, importance)
+    if budget:
+        check_statistics(budget, importance)
     shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
-    policy = Policy(
-        config.type, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type
-    )
+    # With a budget the mixture only stands in for what will be chosen.
+    mixture = config.type or config.like or DEFAULT_TYPE
+    policy = Policy(mixture, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type)
     model = model_of(source.family, source.numbers, shapes, importance is not None)
     choices = choose_formats(shapes, policy, model)
     method = method_named(str(config.method))
     check_granularity(method.rounding, config.granularity, {name: choice.format for name, choice in choices.items()})
     rescaling.check(source, method, importance, config.alpha)
-    return _Task(source, config, method, importance, choices, _warnings(source, method, importance, choices))
+    warnings = _warnings(source, method, importance, choices)
+    return _Task(source, config, method, importance, choices, warnings, policy, budget)
 
 
 def _warnings(
@@ -245,12 +275,31 @@ def _describe(task: _Task, name: str) -> dict[str, Any]:
     }
     if choice and choice.fallback:
         line["instead_of"] = choice.wanted
+    if choice and task.allocated:
+        cost = task.allocated.costs[name]
+        # six digits: the sum's last ones depend on the machine
+        line |= {"error": float(f"{cost.error:.6g}"), "cost": float(f"{cost.nats:.6g}")}
     return line
 
 
-def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None = None) -> dict[str, Any]:
-    """What `quantize` would write: format and exact bytes of every tensor, totals by format, and warnings."""
+def plan(
+    source: Checkpoint,
+    config: QuantizeConfig,
+    stats: Stats | Importance | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What `quantize` would write: format and exact bytes of every tensor, totals by format, and warnings.
+
+    With a budget the model runs to find out what the formats cost; the plan then has the file's exact size.
+    """
     task = _prepare(source, config, stats)
+    if task.budget:
+        with TemporaryDirectory() as folder:
+            allocated = spread(_allocation(task), Path(folder), threads=threads, device=device, progress=progress)
+        task = _with_formats(task, allocated)
     tensors = [_describe(task, name) for names in source.shards().values() for name in names]
     by_type: dict[str, int] = {}
     for line in tensors:
@@ -260,6 +309,7 @@ def plan(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance |
     return {
         "stage": "quantize",
         "config": asdict(task.config),
+        **({"budget": dict(task.allocated.told)} if task.allocated else {}),
         "tensors": tensors,
         "bytes": total,
         "bytes_by_type": by_type,
@@ -281,6 +331,33 @@ def _decide(task: _Task, output: StageOutput, threads: int | None, progress: Pro
         output.write(AUTO, {}, found)
     choice: dict[str, Any] = output.result(AUTO)
     return replace(task, method=method_named(choice["chosen"]), choice=choice)
+
+
+def _allocation(task: _Task) -> Spending:
+    assert task.budget is not None
+    assert task.importance is not None
+    assert task.importance.stats is not None
+    stats, record = task.importance.stats, {"name": "quantize", "config": asdict(task.config)}
+    return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method.weighted)
+
+
+def _with_formats(task: _Task, allocated: Allocated) -> _Task:
+    choices = choices_of(allocated)
+    warnings = _warnings(task.source, task.method, task.importance, choices)
+    formats = {name: choice.format for name, choice in choices.items()}
+    check_granularity(task.method.rounding, task.config.granularity, formats)
+    return replace(task, choices=choices, warnings=warnings, allocated=allocated)
+
+
+def _allocate(task: _Task, output: StageOutput, threads: int | None, device: str, progress: Progress) -> _Task:
+    """The task with formats within its budget, chosen now or by the run that was interrupted."""
+    if task.budget is None:
+        return task
+    if not output.done(ALLOCATION):
+        folder = output.partial / ALLOCATION
+        found = spread(_allocation(task), folder, threads=threads, device=device, progress=progress)
+        output.write(ALLOCATION, {}, found.to_json())
+    return _with_formats(task, Allocated.from_json(output.result(ALLOCATION)))
 
 
 def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
@@ -373,6 +450,7 @@ def quantize(
     output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES)
     if output.finished:
         return open_checkpoint(out)
+    task = _allocate(task, output, threads, device, progress)
     task = _rescale(_decide(task, output, threads, progress), output, threads, progress)
     shards = source.shards()
     done = [name for shard, names in shards.items() if output.done(shard) for name in names if name in task.choices]
@@ -399,6 +477,8 @@ def quantize(
     }
     if task.choice is not None:
         manifest["quantization"]["auto"] = task.choice
+    if task.allocated is not None:
+        manifest["quantization"]["budget"] = dict(task.allocated.told)
     if task.rescaling is not None:
         manifest["quantization"]["rescaling"] = task.rescaling.groups
     if task.importance is not None and task.importance.calibration:

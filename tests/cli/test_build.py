@@ -156,7 +156,7 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("quantize.typ=Q4_K_M", "unknown key 'typ'; known keys: type, method"),
+        ("quantize.typ=Q4_K_M", "unknown key 'typ'; known keys: type, bpw"),
         ("quantise.type=Q4_K_M", "unknown section [quantise]; known sections: model, calibrate"),
         ("quantize.type=Q4_X", "Q4_X"),
         ("quantize.pure=maybe", "expected true or false, got 'maybe'"),
