@@ -167,11 +167,11 @@ static void project_hidden(void *argument, int thread, int threads) {
     pool_share(hidden, ROW_GRANULE, thread, threads, &first, &last);
     linear_rows(&pass->group, 0, first, last, pass->n, gate, hidden);
     linear_rows(&pass->group, 1, first, last, pass->n, up, hidden);
-    for (int token = 0; token < pass->n; token++)
-        for (int64_t i = token * hidden + first; i < token * hidden + last; i++) {
-            gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-            if (gain) gate[i] *= gain[i - token * hidden];
-        }
+    for (int token = 0; token < pass->n; token++) {
+        int64_t at = token * hidden;
+        kernels_current()->swiglu(gate + at + first, up + at + first, last - first);
+        for (int64_t i = first; gain && i < last; i++) gate[at + i] *= gain[i];
+    }
 }
 
 static void pack_hidden(struct pass *pass, int token, int thread) {
@@ -233,7 +233,7 @@ static void embed(struct pass *pass, int token, int thread) {
     struct rondel_session *session = pass->session;
     const struct hyperparameters *numbers = pass->numbers;
     matrix_row(&session->model->embedding, pass->tokens[token], session->x + (int64_t)token * numbers->width);
-    rope_table(session->model->rope_frequencies, numbers->head_dim / 2, pass->position + token, numbers->rope_magnitude,
+    rope_table(numbers, session->model->rope_factors, pass->position + token,
                session->rope + (int64_t)token * numbers->head_dim);
 }
 

@@ -99,21 +99,12 @@ static int bind_layer(struct binder *binder, int index, struct layer *layer) {
            bind_linear(binder, layer_tensor(index, "ffn_down", name), width, hidden, &layer->down);
 }
 
-/* Angle per position of each pair of channels, as the checkpoints' own code computes it: in float from a power. */
 static int bind_rope(struct binder *binder) {
     struct rondel_model *model = binder->model;
     int pairs = model->numbers.head_dim / 2;
-    const float *factors;
-    if (bind_vector(binder, "rope_freqs.weight", pairs, 0, &factors)) return -1;
-    model->rope_frequencies = malloc((size_t)pairs * sizeof(float));
-    if (!model->rope_frequencies) return set_error("out of memory for the RoPE frequencies");
-    for (int i = 0; i < pairs; i++) {
-        double exponent = (double)(2 * i) / model->numbers.head_dim;
-        float frequency = (float)(1.0 / pow(model->numbers.rope_base, exponent));
-        if (factors) frequency /= factors[i];
-        model->rope_frequencies[i] = frequency * model->numbers.rope_scale;
-        if (!isfinite(model->rope_frequencies[i])) return set_error("%s: rope_freqs.weight holds a zero", binder->path);
-    }
+    if (bind_vector(binder, "rope_freqs.weight", pairs, 0, &model->rope_factors)) return -1;
+    for (int i = 0; model->rope_factors && i < pairs; i++)
+        if (!isfinite(1 / model->rope_factors[i])) return set_error("%s: rope_freqs.weight holds a zero", binder->path);
     return 0;
 }
 
@@ -190,7 +181,6 @@ EXPORT void rondel_model_close(rondel_model *model) {
     for (int i = 0; i < model->rotation_count; i++) hadamard_free(model->rotations[i]);
     for (int i = 0; i < model->warning_count; i++) free(model->warnings[i]);
     free(model->rotations);
-    free(model->rope_frequencies);
     free(model->layer);
     free(model->plan_error);
     rondel_file_close(model->file);

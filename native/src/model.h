@@ -46,7 +46,7 @@ struct rondel_model {
     struct matrix embedding;      /* (vocabulary, width) */
     struct linear head;           /* (vocabulary, width); the embedding itself where the file has no output.weight */
     const float *output_norm;     /* (width) */
-    float *rope_frequencies;      /* (head_dim / 2): angle per position, factors and scaling included */
+    const float *rope_factors;    /* (head_dim / 2): angles are divided by them; or NULL */
     struct layer *layer;          /* (layers) */
     struct hadamard **rotations;  /* online ones, (rotation_count) */
     int rotation_count;

@@ -120,16 +120,15 @@ static inline __m256 load_bfloats(const uint16_t *x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(x)), 16));
 }
 
-/* sum of LOAD(a) LOAD(b) in four running vectors; ONE converts the elements after the last whole vector. */
+/* sum of LOAD(a) LOAD(b) in four running vectors; ONE converts what is left of the row. */
 #define DOT(LOAD, ONE)                                                                           \
     __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()}; \
     int64_t i = 0;                                                                               \
     for (; i + 32 <= n; i += 32)                                                                 \
         for (int j = 0; j < 4; j++) sums[j] = _mm256_fmadd_ps(LOAD(a + i + 8 * j), LOAD(b + i + 8 * j), sums[j]); \
-    for (; i + 8 <= n; i += 8) sums[0] = _mm256_fmadd_ps(LOAD(a + i), LOAD(b + i), sums[0]);     \
-    float total = sum_of_floats(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]))); \
-    for (; i < n; i++) total += ONE(a[i]) * ONE(b[i]);                                           \
-    return total
+    double total = fold(_mm256_add_ps(_mm256_add_ps(sums[0], sums[2]), _mm256_add_ps(sums[1], sums[3]))); \
+    for (; i < n; i++) total += (double)(ONE(a[i]) * ONE(b[i]));                                 \
+    return (float)total
 
 static float dot_f32(const float *a, const float *b, int64_t n) { DOT(_mm256_loadu_ps, ); }
 static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_halves, _cvtsh_ss); }
@@ -171,6 +170,54 @@ static void butterfly(float *a, float *b, int64_t n) {
     }
 }
 
+static inline __m256 exponential(__m256 x) {
+    const __m256 shift = _mm256_set1_ps(0x1.8p23f), magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(0x1.715476p+0f), shift), n = _mm256_sub_ps(shifted, shift);
+    __m256 b = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e4p-1f), x), size = _mm256_and_ps(n, magnitude);
+    b = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.7f7d1cp-20f), b);
+    __m256 square = _mm256_mul_ps(b, b);
+    __m256 high = _mm256_fmadd_ps(_mm256_set1_ps(0x1.0e4020p-7f), b, _mm256_set1_ps(0x1.573e2ep-5f));
+    __m256 low = _mm256_fmadd_ps(_mm256_set1_ps(0x1.555e66p-3f), b, _mm256_set1_ps(0x1.fffdb6p-2f));
+    __m256 rest = _mm256_mul_ps(_mm256_set1_ps(0x1.ffffecp-1f), b);
+    rest = _mm256_fmadd_ps(_mm256_fmadd_ps(high, square, low), square, rest);
+    __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f800000)));
+    __m256 result = _mm256_fmadd_ps(power, rest, power), large = _mm256_cmp_ps(size, _mm256_set1_ps(126), _CMP_GT_OQ);
+    if (_mm256_testz_ps(large, large)) return result;
+    __m256i split = _mm256_castps_si256(_mm256_cmp_ps(n, _mm256_setzero_ps(), _CMP_LE_OQ));
+    split = _mm256_and_si256(split, _mm256_set1_epi32((int32_t)0x82000000));
+    __m256 first = _mm256_castsi256_ps(_mm256_add_epi32(split, _mm256_set1_epi32(0x7f000000)));
+    power = _mm256_castsi256_ps(_mm256_sub_epi32(bits, split));
+    __m256 scaled = _mm256_mul_ps(_mm256_fmadd_ps(power, rest, power), first);
+    __m256 beyond = _mm256_cmp_ps(size, _mm256_set1_ps(192), _CMP_GT_OQ);
+    return _mm256_blendv_ps(_mm256_blendv_ps(result, scaled, large), _mm256_mul_ps(first, first), beyond);
+}
+
+void avx2_swiglu(float *gate, const float *up, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(gate + i), power = exponential(_mm256_sub_ps(_mm256_setzero_ps(), x));
+        __m256 silu = _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), power));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+    }
+    for (; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+void avx2_turn(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step) {
+    int64_t i = 0;
+    for (; step == 1 && i + 8 <= pairs; i += 8) {
+        __m256 cosine = _mm256_loadu_ps(cosines + i), sine = _mm256_loadu_ps(sines + i);
+        __m256 first = _mm256_loadu_ps(a + i), second = _mm256_loadu_ps(b + i);
+        _mm256_storeu_ps(a + i, _mm256_fmsub_ps(first, cosine, _mm256_mul_ps(second, sine)));
+        _mm256_storeu_ps(b + i, _mm256_fmadd_ps(first, sine, _mm256_mul_ps(second, cosine)));
+    }
+    for (; i < pairs; i++) {
+        float first = a[i * step], second = b[i * step];
+        a[i * step] = fmaf(first, cosines[i], -(second * sines[i]));
+        b[i * step] = fmaf(first, sines[i], second * cosines[i]);
+    }
+}
+
 const struct kernels kernels_avx2 = {
     .name = "avx2",
     .usable = avx2_usable,
@@ -186,5 +233,7 @@ const struct kernels kernels_avx2 = {
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
     .butterfly = butterfly,
+    .swiglu = avx2_swiglu,
+    .turn = avx2_turn,
 };
 #endif

@@ -34,25 +34,26 @@ static inline float dot_blocks_of_32(const uint8_t *row, const void *packed, int
                                      __m256i (*codes)(const void *block)) {
     const int8_t *quants = packed;
     const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);
-    __m256 totals[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, mins = _mm256_setzero_ps();
+    __m256 total = _mm256_setzero_ps();
+    float mins = 0;
     int64_t blocks = cols / 32, i = 0;
     for (; i + 8 <= blocks; i += 8) {
         __m256i heads = heads_of_8(row, bytes);
-        float scale[8];
+        float scale[8], min[8];
         _mm256_storeu_ps(scale, _mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
-        if (with_min) mins = _mm256_fmadd_ps(mins_of_8(heads), _mm256_loadu_ps(sums + i), mins);
+        if (with_min) _mm256_storeu_ps(min, mins_of_8(heads));
         for (int j = 0; j < 8; j++, row += bytes, quants += 32) {
             __m256 sum = _mm256_cvtepi32_ps(signed_products(codes(row), quants));
-            totals[j % 2] = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j), sum, totals[j % 2]);
+            total = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j), sum, total);
+            if (with_min) mins = fmaf(min[j], sums[i + j], mins);
         }
     }
-    float rest = 0;
     for (; i < blocks; i++, row += bytes, quants += 32) {
         __m256 scale = _mm256_set1_ps(load_half(row) * scales[i]);
-        totals[0] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(signed_products(codes(row), quants)), totals[0]);
-        if (with_min) rest += load_half(row + 2) * sums[i];
+        total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(signed_products(codes(row), quants)), total);
+        if (with_min) mins = fmaf(load_half(row + 2), sums[i], mins);
     }
-    return sum_of_floats(_mm256_add_ps(_mm256_add_ps(totals[0], totals[1]), mins)) + rest;
+    return sum_of_floats(total) + mins;
 }
 
 #define DOT_32(name, with_min)                                                                        \
@@ -90,27 +91,26 @@ float avx2_dot_q2_k(const void *row, const void *packed, int64_t cols) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), pairs));
         }
         __m256 min = _mm256_cvtepi32_ps(dot_sums(x->sums, _mm256_cvtepi8_epi16(mins)));
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
         total = _mm256_fnmadd_ps(_mm256_set1_ps(load_half(w->min) * x->scale), min, total);
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
     }
     return sum_of_floats(total);
 }
 
-/* With u = q + 4 in 0..7: sum of s (q x) = sum of s (u x) - 4 sum of s sum(x). */
+/* With u = q + 4 in 0..7: q x = u x - 4 x, lane by lane. */
 float avx2_dot_q3_k(const void *row, const void *packed, int64_t cols) {
     const struct q3_k *w = row;
     const struct q8_k *x = packed;
     __m256 total = _mm256_setzero_ps();
     for (const struct q3_k *end = w + cols / 256; w < end; w++, x++) {
         __m128i scales = _mm_sub_epi8(scales_q3_k(w->scales), _mm_set1_epi8(32));
-        __m256i sum = _mm256_slli_epi32(dot_sums(x->sums, _mm256_cvtepi8_epi16(scales)), 2);
-        sum = _mm256_sub_epi32(_mm256_setzero_si256(), sum);
-        __m256i high = load_256(w->high);
+        __m256i sum = _mm256_setzero_si256(), high = load_256(w->high), four = _mm256_set1_epi8(4);
         for (int i = 0; i < 8; i++) {
             __m256i bit = _mm256_set1_epi8((char)(1 << i));
-            __m256i four = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit), _mm256_set1_epi8(4));
-            __m256i codes = _mm256_or_si256(fields_2(load_256(w->codes + i / 4 * 32), i % 4), four);
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), products(codes, x->quants + 32 * i)));
+            __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit);
+            __m256i codes = _mm256_or_si256(fields_2(load_256(w->codes + i / 4 * 32), i % 4), _mm256_and_si256(set, four));
+            __m256i pairs = _mm256_sub_epi16(products(codes, x->quants + 32 * i), products(four, x->quants + 32 * i));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), pairs));
         }
         total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
     }
@@ -118,10 +118,8 @@ float avx2_dot_q3_k(const void *row, const void *packed, int64_t cols) {
 }
 
 /* Q4_K, and Q5_K with its fifth bits: nibbles at `codes`, bit i of `high` (or NULL) belongs to sub-block i. */
-static inline __m256 block_q4_k(const uint8_t *scale_bytes, const uint8_t *codes, const uint8_t *high, float scale,
-                                float min, const struct q8_k *x, __m256 total) {
-    __m256i sum = _mm256_setzero_si256(), factors = _mm256_cvtepu8_epi16(scales_q4_k(scale_bytes));
-    __m256i nibble = _mm256_set1_epi8(15);
+static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
+    __m256i sum = _mm256_setzero_si256(), nibble = _mm256_set1_epi8(15);
     int16_t scales[16];
     _mm256_storeu_si256((__m256i *)scales, factors); /* eight scales, then eight mins */
     for (int i = 0; i < 8; i++) {
@@ -134,29 +132,33 @@ static inline __m256 block_q4_k(const uint8_t *scale_bytes, const uint8_t *codes
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi16(scales[i]), products(q, x->quants + 32 * i)));
     }
-    /* Each min serves two sums of 16. */
-    __m128i mins = _mm256_extracti128_si256(factors, 1);
-    __m256i twice = _mm256_set_m128i(_mm_unpackhi_epi16(mins, mins), _mm_unpacklo_epi16(mins, mins));
-    total = _mm256_fmadd_ps(_mm256_set1_ps(scale * x->scale), _mm256_cvtepi32_ps(sum), total);
-    return _mm256_fnmadd_ps(_mm256_set1_ps(min * x->scale), _mm256_cvtepi32_ps(dot_sums(x->sums, twice)), total);
+    return sum;
 }
 
 float avx2_dot_q4_k(const void *row, const void *packed, int64_t cols) {
     const struct q4_k *w = row;
     const struct q8_k *x = packed;
-    __m256 total = _mm256_setzero_ps();
-    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, NULL, load_half(w->scale), load_half(w->min), x, total);
-    return sum_of_floats(total);
+    __m128 totals = _mm_setzero_ps();
+    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        __m256i sum = products_q4_k(factors, w->codes, NULL, x);
+        totals = add_totals(totals, w, x, sum, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return difference(totals);
 }
 
 float avx2_dot_q5_k(const void *row, const void *packed, int64_t cols) {
     const struct q5_k *w = row;
     const struct q8_k *x = packed;
     __m256 total = _mm256_setzero_ps();
-    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, w->high, load_half(w->scale), load_half(w->min), x, total);
-    return sum_of_floats(total);
+    float mins = 0;
+    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        __m256i sum = products_q4_k(factors, w->codes, w->high, x);
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        mins = add_mins(mins, w, x, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return sum_of_floats(total) - mins;
 }
 
 /* With u = q + 32 in 0..63: sum of s (q x) = sum of s (u x) - 32 sum of s sum(x). */

@@ -2,6 +2,7 @@
  * is bound by memory already. */
 #ifdef RONDEL_X86
 #include "kernels.h"
+#include "round.h"
 #include "x86.h"
 
 /* The first n lanes. */
@@ -16,22 +17,24 @@ static inline __m512 load_bfloats(const uint16_t *x, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-/* sum of LOAD(a) LOAD(b) in four running vectors; what is left over is a masked vector. */
-#define DOT(LOAD)                                                                                            \
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};   \
-    int64_t i = 0;                                                                                           \
-    for (; i + 64 <= n; i += 64)                                                                             \
-        for (int j = 0; j < 4; j++)                                                                          \
-            sums[j] = _mm512_fmadd_ps(LOAD(a + i + 16 * j, 0xffff), LOAD(b + i + 16 * j, 0xffff), sums[j]);  \
-    for (; i < n; i += 16) {                                                                                 \
-        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;                                                 \
-        sums[0] = _mm512_fmadd_ps(LOAD(a + i, mask), LOAD(b + i, mask), sums[0]);                            \
-    }                                                                                                        \
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])))
+static inline __m256 sum_of_halves(__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
 
-static float dot_f32(const float *a, const float *b, int64_t n) { DOT(load_floats); }
-static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_halves); }
-static float dot_bf16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_bfloats); }
+/* sum of LOAD(a) LOAD(b) in four running halves of vectors; ONE converts what is left of the row. */
+#define DOT(LOAD, ONE)                                                                                       \
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};                                             \
+    int64_t i = 0;                                                                                           \
+    for (; i + 32 <= n; i += 32)                                                                             \
+        for (int j = 0; j < 2; j++)                                                                          \
+            sums[j] = _mm512_fmadd_ps(LOAD(a + i + 16 * j, 0xffff), LOAD(b + i + 16 * j, 0xffff), sums[j]);  \
+    double total = fold(sum_of_halves(_mm512_add_ps(sums[0], sums[1])));                                     \
+    for (; i < n; i++) total += (double)(ONE(a[i]) * ONE(b[i]));                                             \
+    return (float)total
+
+static float dot_f32(const float *a, const float *b, int64_t n) { DOT(load_floats, ); }
+static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_halves, _cvtsh_ss); }
+static float dot_bf16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(load_bfloats, bfloat_to_float); }
 
 static float dot_row_f32(const void *row, const void *packed, int64_t cols) { return dot_f32(row, packed, cols); }
 static float dot_row_f16(const void *row, const void *packed, int64_t cols) { return dot_f16(row, packed, cols); }
@@ -79,5 +82,7 @@ const struct kernels kernels_avx512 = {
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
     .butterfly = butterfly,
+    .swiglu = avx2_swiglu,
+    .turn = avx2_turn,
 };
 #endif

@@ -33,33 +33,33 @@ static inline __m512 sums_of_codes(__m512i codes, __m512i x, int zero) {
     return _mm512_cvtepi32_ps(sum);
 }
 
-/* Eight blocks at a time, whose scales are converted together and of which two share a vector; then what is left, one
- * by one beside zeros. A minimum follows the scale. */
+/* Eight blocks at a time, whose scales are converted together and of which two share a vector until their sums are
+ * floats, which are added block after block; then what is left, one by one beside zeros. A minimum follows the scale. */
 static inline float dot_blocks_of_32(const uint8_t *row, const void *packed, int64_t cols, int bytes, int zero,
                                      int with_min, __m256i (*codes)(const void *block)) {
     const int8_t *quants = packed;
     const float *scales = q8_scales(packed, cols), *sums = q8_sums(packed, cols);
-    const __m512i first = join(_mm256_setzero_si256(), _mm256_set1_epi32(1));
-    __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    __m256 mins = _mm256_setzero_ps();
+    __m256 total = _mm256_setzero_ps();
+    float mins = 0;
     int64_t blocks = cols / 32, i = 0;
     for (; i + 8 <= blocks; i += 8) {
         __m256i heads = heads_of_8(row, bytes);
-        __m512 eight = _mm512_castps256_ps512(_mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
-        if (with_min) mins = _mm256_fmadd_ps(mins_of_8(heads), _mm256_loadu_ps(sums + i), mins);
-        for (int j = 0; j < 4; j++, row += 2 * bytes, quants += 64) {
+        float scale[8], min[8];
+        _mm256_storeu_ps(scale, _mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
+        if (with_min) _mm256_storeu_ps(min, mins_of_8(heads));
+        for (int j = 0; j < 8; j += 2, row += 2 * bytes, quants += 64) {
             __m512 sum = sums_of_codes(join(codes(row), codes(row + bytes)), _mm512_loadu_si512(quants), zero);
-            __m512 scale = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(2 * j)), eight);
-            totals[j % 2] = _mm512_fmadd_ps(scale, sum, totals[j % 2]);
+            total = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j), _mm512_castps512_ps256(sum), total);
+            total = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j + 1), _mm512_extractf32x8_ps(sum, 1), total);
         }
+        for (int j = 0; with_min && j < 8; j++) mins = fmaf(min[j], sums[i + j], mins);
     }
-    float rest = 0;
     for (; i < blocks; i++, row += bytes, quants += 32) {
         __m512 sum = sums_of_codes(_mm512_zextsi256_si512(codes(row)), _mm512_zextsi256_si512(load_256(quants)), zero);
-        totals[0] = _mm512_fmadd_ps(_mm512_set1_ps(load_half(row) * scales[i]), sum, totals[0]);
-        if (with_min) rest += load_half(row + 2) * sums[i];
+        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(row) * scales[i]), _mm512_castps512_ps256(sum), total);
+        if (with_min) mins = fmaf(load_half(row + 2), sums[i], mins);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(totals[0], totals[1])) + sum_of_floats(mins) + rest;
+    return sum_of_floats(total) + mins;
 }
 
 #define DOT_32(name, zero, with_min)                                                                   \
@@ -105,18 +105,19 @@ static inline __m512i fields_2(__m512i bytes, int t) {
     return _mm512_and_si512(_mm512_srl_epi16(bytes, _mm_cvtsi32_si128(2 * t)), _mm512_set1_epi8(3));
 }
 
-static inline __m512i minus(__m256i sums) {
-    return _mm512_zextsi256_si512(_mm256_sub_epi32(_mm256_setzero_si256(), sums));
+/* Sixteen sums are those of eight lanes, twice. */
+static inline __m256i lanes(__m512i sums) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
 }
 
-static inline __m512 scaled(__m512 total, float scale, __m512i sum) {
-    return _mm512_fmadd_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum), total);
+static inline __m256 scaled(__m256 total, float scale, __m256i sums) {
+    return _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(sums), total);
 }
 
 float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
     const struct q2_k *w = row;
     const struct q8_k *x = packed;
-    __m512 total = _mm512_setzero_ps();
+    __m256 total = _mm256_setzero_ps();
     for (const struct q2_k *end = w + cols / 256; w < end; w++, x++) {
         __m128i both = load_128(w->scales), four = _mm_set1_epi8(15);
         __m256i scales = _mm256_cvtepi8_epi16(_mm_and_si128(both, four));
@@ -124,40 +125,41 @@ float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
         __m512i codes = _mm512_loadu_si512(w->codes), sum = _mm512_setzero_si512();
         for (int t = 0; t < 4; t++)
             sum = accumulate(sum, scales_of_field(scales, t), fields_2(codes, t), quants_of_field(x, t));
-        total = scaled(total, load_half(w->scale) * x->scale, sum);
-        total = scaled(total, load_half(w->min) * x->scale, minus(dot_sums(x->sums, mins)));
+        total = scaled(total, -(load_half(w->min) * x->scale), dot_sums(x->sums, mins));
+        total = scaled(total, load_half(w->scale) * x->scale, lanes(sum));
     }
-    return _mm512_reduce_add_ps(total);
+    return sum_of_floats(total);
 }
 
-/* With u = q + 4 in 0..7: sum of s (q x) = sum of s (u x) - 4 sum of s sum(x). */
+/* With u = q + 4 in 0..7: q x = u x - 4 x, lane by lane. */
 float avx512_dot_q3_k(const void *row, const void *packed, int64_t cols) {
     const struct q3_k *w = row;
     const struct q8_k *x = packed;
-    __m512 total = _mm512_setzero_ps();
+    __m256 total = _mm256_setzero_ps();
     for (const struct q3_k *end = w + cols / 256; w < end; w++, x++) {
         __m256i scales = _mm256_cvtepi8_epi16(_mm_sub_epi8(scales_q3_k(w->scales), _mm_set1_epi8(32)));
-        __m512i sum = minus(_mm256_slli_epi32(dot_sums(x->sums, scales), 2));
+        __m512i sum = _mm512_setzero_si512(), four = _mm512_set1_epi8(4);
         __m512i codes = _mm512_loadu_si512(w->codes), high = _mm512_broadcast_i64x4(load_256(w->high));
         for (int t = 0; t < 4; t++) {
             __mmask64 set = _mm512_test_epi8_mask(high, halves(1 << t, 16 << t));
-            __m512i u = fields_2(codes, t);
-            u = _mm512_mask_add_epi8(u, set, u, _mm512_set1_epi8(4));
-            sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
+            __m512i u = fields_2(codes, t), quants = quants_of_field(x, t);
+            u = _mm512_mask_add_epi8(u, set, u, four);
+            __m512i pairs = _mm512_sub_epi16(_mm512_maddubs_epi16(u, quants), _mm512_maddubs_epi16(four, quants));
+            sum = _mm512_dpwssd_epi32(sum, pairs, scales_of_field(scales, t));
         }
-        total = scaled(total, load_half(w->scale) * x->scale, sum);
+        total = scaled(total, load_half(w->scale) * x->scale, lanes(sum));
     }
-    return _mm512_reduce_add_ps(total);
+    return sum_of_floats(total);
 }
 
 /* With u = q + 32 in 0..63: sum of s (q x) = sum of s (u x) - 32 sum of s sum(x). */
 float avx512_dot_q6_k(const void *row, const void *packed, int64_t cols) {
     const struct q6_k *w = row;
     const struct q8_k *x = packed;
-    __m512 total = _mm512_setzero_ps();
+    __m256 total = _mm256_setzero_ps();
     for (const struct q6_k *end = w + cols / 256; w < end; w++, x++) {
         __m256i scales = _mm256_cvtepi8_epi16(load_128(w->scales));
-        __m512i sum = minus(_mm256_slli_epi32(dot_sums(x->sums, scales), 5));
+        __m512i sum = _mm512_setzero_si512();
         __m512i first = _mm512_loadu_si512(w->low), second = _mm512_loadu_si512(w->low + 64);
         __m512i high = _mm512_loadu_si512(w->high), nibble = _mm512_set1_epi8(15);
         /* The run of 32 low bytes that fields 0 and 2 use, of both halves, and the run of fields 1 and 3. */
@@ -167,16 +169,15 @@ float avx512_dot_q6_k(const void *row, const void *packed, int64_t cols) {
             __m512i u = _mm512_or_si512(_mm512_and_si512(four, nibble), _mm512_slli_epi16(fields_2(high, t), 4));
             sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
         }
-        total = scaled(total, load_half(w->scale) * x->scale, sum);
+        __m256i signed_sum = _mm256_sub_epi32(lanes(sum), _mm256_slli_epi32(dot_sums(x->sums, scales), 5));
+        total = scaled(total, load_half(w->scale) * x->scale, signed_sum);
     }
-    return _mm512_reduce_add_ps(total);
+    return sum_of_floats(total);
 }
 
 /* Q4_K, and Q5_K with its fifth bits. Vector v of 64 code bytes holds in its low nibbles the sub-blocks 4 v and
  * 4 v + 2, in its high nibbles 4 v + 1 and 4 v + 3. Bit i of a byte of `high` (or NULL) belongs to sub-block i. */
-static inline __m512 block_q4_k(const uint8_t *scale_bytes, const uint8_t *codes, const uint8_t *high, float scale,
-                                float min, const struct q8_k *x, __m512 total) {
-    __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(scale_bytes));
+static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < 4; i++) {
         int first = i / 2 * 4 + i % 2; /* the lower of the two sub-blocks */
@@ -190,28 +191,31 @@ static inline __m512 block_q4_k(const uint8_t *scale_bytes, const uint8_t *codes
         __m512i quants = join(load_256(x->quants + 32 * first), load_256(x->quants + 32 * first + 64));
         sum = accumulate(sum, spread(factors, indices(0, 0, 2, 2, first)), u, quants);
     }
-    /* Each min, words 8 to 15 of the factors, serves two sums of 16. */
-    __m128i mins = _mm256_extracti128_si256(factors, 1);
-    __m256i twice = _mm256_set_m128i(_mm_unpackhi_epi16(mins, mins), _mm_unpacklo_epi16(mins, mins));
-    total = scaled(total, scale * x->scale, sum);
-    return scaled(total, min * x->scale, minus(dot_sums(x->sums, twice)));
+    return lanes(sum);
 }
 
 float avx512_dot_q4_k(const void *row, const void *packed, int64_t cols) {
     const struct q4_k *w = row;
     const struct q8_k *x = packed;
-    __m512 total = _mm512_setzero_ps();
-    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, NULL, load_half(w->scale), load_half(w->min), x, total);
-    return _mm512_reduce_add_ps(total);
+    __m128 totals = _mm_setzero_ps();
+    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        __m256i sum = products_q4_k(factors, w->codes, NULL, x);
+        totals = add_totals(totals, w, x, sum, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return difference(totals);
 }
 
 float avx512_dot_q5_k(const void *row, const void *packed, int64_t cols) {
     const struct q5_k *w = row;
     const struct q8_k *x = packed;
-    __m512 total = _mm512_setzero_ps();
-    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++)
-        total = block_q4_k(w->scales, w->codes, w->high, load_half(w->scale), load_half(w->min), x, total);
-    return _mm512_reduce_add_ps(total);
+    __m256 total = _mm256_setzero_ps();
+    float mins = 0;
+    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        total = scaled(total, load_half(w->scale) * x->scale, products_q4_k(factors, w->codes, w->high, x));
+        mins = add_mins(mins, w, x, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return sum_of_floats(total) - mins;
 }
 #endif

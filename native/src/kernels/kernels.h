@@ -1,4 +1,5 @@
-/* One table of functions per instruction set; scalar.c is the specification that every other is tested against. */
+/* One table of functions per instruction set; scalar.c is the specification that every other is tested against, bit for
+ * bit: the order of float operations belongs to it. */
 #ifndef RONDEL_KERNELS_H
 #define RONDEL_KERNELS_H
 #include "formats.h"
@@ -18,6 +19,9 @@ struct kernels {
     void (*axpy_f32)(float *y, float scale, const float *x, int64_t n);
     void (*fma_f16)(uint16_t *y, float scale, const uint16_t *x, int64_t n); /* y <- half(scale x + y), rounded once */
     void (*butterfly)(float *a, float *b, int64_t n); /* a, b <- a + b, a - b */
+    void (*swiglu)(float *gate, const float *up, int64_t n); /* gate <- silu(gate) o up */
+    /* `pairs` pairs (a, b), neighbours `step` apart: a, b <- a cos - b sin, a sin + b cos. */
+    void (*turn)(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step);
 };
 
 extern const struct kernels kernels_scalar, kernels_avx2, kernels_avx512;

@@ -84,34 +84,33 @@ static void pack_tile_64(const float *x, int64_t cols, void *packed) { pack_tile
 static void pack_tile_128(const float *x, int64_t cols, void *packed) { pack_tile(x, cols, packed, 128); }
 static void pack_tile_256(const float *x, int64_t cols, void *packed) { pack_tile(x, cols, packed, 256); }
 
-/* Eight running sums: less rounding than one, and what a compiler can vectorize without reordering. */
-static float sum_of_8(const float sums[8]) {
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+/* Float rows in the order of llama.cpp's AVX2 kernels too (scalar_blocks.c says why): 32 running sums, element i in
+ * sum i % 32, each step fused; they are folded as four vectors of eight, then neighbour with neighbour; what is left
+ * of a row follows one by one in double. */
+static float fold(const float sums[32]) {
+    float eight[8], four[4];
+    for (int j = 0; j < 8; j++) eight[j] = (sums[j] + sums[16 + j]) + (sums[8 + j] + sums[24 + j]);
+    for (int j = 0; j < 4; j++) four[j] = eight[j] + eight[4 + j];
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-static float dot_f32(const float *a, const float *b, int64_t n) {
-    float sums[8] = {0};
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int j = 0; j < 8; j++) sums[j] += a[i + j] * b[i + j];
-    for (; i < n; i++) sums[i % 8] += a[i] * b[i];
-    return sum_of_8(sums);
-}
+/* sum of ONE(a) ONE(b). */
+#define DOT(ONE)                                                                             \
+    float sums[32] = {0};                                                                    \
+    int64_t i = 0;                                                                           \
+    for (; i + 32 <= n; i += 32)                                                             \
+        for (int j = 0; j < 32; j++) sums[j] = fmaf(ONE(a[i + j]), ONE(b[i + j]), sums[j]);  \
+    double total = fold(sums);                                                               \
+    for (; i < n; i++) total += (double)(ONE(a[i]) * ONE(b[i]));                             \
+    return (float)total
 
-static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) {
-    float sums[8] = {0};
-    for (int64_t i = 0; i < n; i++) sums[i % 8] += half_to_float(a[i]) * half_to_float(b[i]);
-    return sum_of_8(sums);
-}
+static float dot_f32(const float *a, const float *b, int64_t n) { DOT(); }
+static float dot_f16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(half_to_float); }
+static float dot_bf16(const uint16_t *a, const uint16_t *b, int64_t n) { DOT(bfloat_to_float); }
 
 static float dot_row_f32(const void *row, const void *packed, int64_t cols) { return dot_f32(row, packed, cols); }
 static float dot_row_f16(const void *row, const void *packed, int64_t cols) { return dot_f16(row, packed, cols); }
-static float dot_row_bf16(const void *row, const void *packed, int64_t cols) {
-    const uint16_t *a = row, *b = packed;
-    float sums[8] = {0};
-    for (int64_t i = 0; i < cols; i++) sums[i % 8] += bfloat_to_float(a[i]) * bfloat_to_float(b[i]);
-    return sum_of_8(sums);
-}
+static float dot_row_bf16(const void *row, const void *packed, int64_t cols) { return dot_bf16(row, packed, cols); }
 
 static void axpy_f32(float *y, float scale, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
@@ -129,6 +128,39 @@ static void butterfly(float *a, float *b, int64_t n) {
     }
 }
 
+/* exp(x) = 2^n exp(b) with x = n log 2 + b, by the polynomial of Arm's optimized routines: 2 units in the last place, and
+ * what llama.cpp's vectors compute. Beyond |n| = 126 the power of two is made of two factors. */
+static float exponential(float x) {
+    float shifted = fmaf(x, 0x1.715476p+0f, 0x1.8p23f), n = shifted - 0x1.8p23f;
+    float b = fmaf(-n, 0x1.7f7d1cp-20f, fmaf(-n, 0x1.62e4p-1f, x)), square = b * b;
+    float high = fmaf(0x1.0e4020p-7f, b, 0x1.573e2ep-5f), low = fmaf(0x1.555e66p-3f, b, 0x1.fffdb6p-2f);
+    float rest = fmaf(fmaf(high, square, low), square, 0x1.ffffecp-1f * b); /* exp(b) - 1 */
+    uint32_t bits, split = n <= 0 ? 0x82000000u : 0;
+    memcpy(&bits, &shifted, 4);
+    bits <<= 23;
+    float power = float_of_bits((int32_t)(bits + 0x3f800000u)), first = float_of_bits((int32_t)(split + 0x7f000000u));
+    if (fabsf(n) > 192) return first * first;
+    if (!(fabsf(n) > 126)) return fmaf(power, rest, power);
+    power = float_of_bits((int32_t)(bits - split));
+    return fmaf(power, rest, power) * first;
+}
+
+/* Whole eights by the polynomial, the rest by libm, as llama.cpp does. */
+static void swiglu(float *gate, const float *up, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float power = i < n / 8 * 8 ? exponential(-gate[i]) : expf(-gate[i]);
+        gate[i] = gate[i] / (1.0f + power) * up[i];
+    }
+}
+
+static void turn(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step) {
+    for (int64_t i = 0; i < pairs; i++) {
+        float first = a[i * step], second = b[i * step];
+        a[i * step] = fmaf(first, cosines[i], -(second * sines[i]));
+        b[i * step] = fmaf(first, sines[i], second * cosines[i]);
+    }
+}
+
 const struct kernels kernels_scalar = {
     .name = "scalar",
     .usable = usable,
@@ -143,4 +175,6 @@ const struct kernels kernels_scalar = {
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
     .butterfly = butterfly,
+    .swiglu = swiglu,
+    .turn = turn,
 };

@@ -7,4 +7,9 @@ DECLARE_BLOCKS(scalar)
 DECLARE_CODEBOOKS(scalar)
 DECLARE_TILES(scalar)
 
+/* In the order of two halves added to each other again and again. */
+static inline float sum_of_lanes(const float lanes[8]) {
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
 #endif

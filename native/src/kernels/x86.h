@@ -3,6 +3,7 @@
 #ifndef RONDEL_X86_H
 #define RONDEL_X86_H
 #include <immintrin.h>
+#include <math.h>
 
 #include "blocks.h"
 #include "declare.h"
@@ -20,6 +21,8 @@ void avx2_pack_q8_k(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_64(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_128(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_256(const float *x, int64_t cols, void *packed);
+void avx2_swiglu(float *gate, const float *up, int64_t n);
+void avx2_turn(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step);
 
 DECLARE_BLOCKS(avx2)
 DECLARE_CODEBOOKS(avx2)
@@ -47,6 +50,13 @@ static inline float sum_of_floats(__m256 x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+/* Neighbour with neighbour: the last step of dot products of float rows. */
+static inline float fold(__m256 x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_hadd_ps(four, four);
+    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
 }
 
 static inline int32_t sum_of_ints(__m256i x) {
@@ -107,6 +117,27 @@ static inline __m128i scales_q4_k(const uint8_t bytes[12]) {
     const uint32_t six = 0x3f3f3f3f, low = 0x0f0f0f0f, high = 0x30303030;
     return _mm_setr_epi32((int)(w[0] & six), (int)((w[2] & low) | (w[0] >> 2 & high)), (int)(w[1] & six),
                           (int)((w[2] >> 4 & low) | (w[1] >> 2 & high)));
+}
+
+/* Each minimum of Q4_K and Q5_K, the upper eight words of `factors`, twice: it serves two sums of 16. */
+static inline __m256i mins_twice(__m256i factors) {
+    __m128i mins = _mm256_extracti128_si256(factors, 1);
+    return _mm256_set_m128i(_mm_unpackhi_epi16(mins, mins), _mm_unpacklo_epi16(mins, mins));
+}
+
+/* Q4_K's two running sums, of products and of minima, in the lowest two floats: += d dx * products, dmin dx * mins. */
+static inline __m128 add_totals(__m128 totals, const struct q4_k *w, const struct q8_k *x, __m256i products, __m256i mins) {
+    __m256i sums = _mm256_hadd_epi32(products, mins);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    four = _mm_hadd_epi32(four, four);
+    __m128 scales = _mm_cvtph_ps(_mm_cvtsi32_si128(dword_of(w->scale))); /* the minimum follows the scale */
+    return _mm_fmadd_ps(_mm_cvtepi32_ps(four), _mm_mul_ps(scales, _mm_set1_ps(x->scale)), totals);
+}
+static inline float difference(__m128 totals) { return _mm_cvtss_f32(_mm_sub_ss(totals, _mm_movehdup_ps(totals))); }
+
+/* Q5_K's running sum of minima: += dmin dx * mins. */
+static inline float add_mins(float total, const struct q5_k *w, const struct q8_k *x, __m256i mins) {
+    return fmaf((float)sum_of_ints(mins), load_half(w->min) * x->scale, total);
 }
 
 /* sum over the 16 sub-blocks of factor x (sum of 16 quants), as eight partial sums. */
