@@ -3,7 +3,8 @@
  * Beside an F32 cache everything is float. Beside an F16 cache it is computed as llama.cpp's default does it token by
  * token: the query is rounded to half, the softmax is taken on the fly, and the values are summed in half. Activations
  * are rounded to int8 right after, which would blow any other rounding up to about one percent of the logits, so only
- * the same roundings give the same text from the same quantized file. */
+ * the same bits give the same text from the same quantized file. They are the same up to SPAN positions, and up to twice
+ * as many where llama.cpp runs on two threads: from there on it shares the positions out among its threads. */
 #include "attention.h"
 
 #include <math.h>
@@ -71,8 +72,8 @@ static void attend_f16(const uint16_t *keys, const uint16_t *values, int count, 
         int length = count - first < SPAN ? count - first : SPAN;
         float part, top = attend_span(keys + first * dim, values + first * dim, length, dim, scale, rounded, sum, &part);
         float both = top > largest ? top : largest, before = expf(largest - both), now = expf(top - both);
-        for (int64_t i = 0; i < dim; i++) out[i] = out[i] * before + half_to_float(sum[i]) * now;
-        total = total * before + part * now;
+        for (int64_t i = 0; i < dim; i++) out[i] = fmaf(out[i], before, half_to_float(sum[i]) * now);
+        total = fmaf(total, before, part * now);
         largest = both;
     }
     float inverse = 1 / total;

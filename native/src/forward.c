@@ -2,7 +2,6 @@
  * by row of a matrix is split by rows, what is done token by token is split by tokens (and needs no threads for one).
  *
  * Every token's arithmetic is the same in a batch of any size and on any number of threads: the same bits come out. */
-#include <math.h>
 #include <string.h>
 
 #include "attention.h"

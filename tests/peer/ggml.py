@@ -69,6 +69,15 @@ def _processor() -> ctypes.CDLL:
     return library
 
 
+@cache
+def has_avx2_order() -> bool:
+    """Whether the peer adds floats in the order of its AVX2 kernels, which is rondel's on every processor.
+
+    Its AVX-512 and Arm builds have more or fewer lanes, so their sums differ from both in the last bits.
+    """
+    return bool(_processor().ggml_cpu_has_avx2()) and not _processor().ggml_cpu_has_avx512()
+
+
 def ggml_product(ggml_type: int, packed: np.ndarray, rows: int, inputs: np.ndarray) -> np.ndarray:
     """(n, rows): inputs (n, cols) times the packed (rows, cols) matrix transposed, as llama.cpp computes it."""
     traits = _processor().ggml_get_type_traits_cpu(ggml_type).contents
