@@ -21,6 +21,8 @@ PULL = 0.5  # of the way to the target drawn by the float stream: the whole way 
 DAMPING = 0.01  # of the mean of the diagonal, added to it: what a finite text did not show is not certain to be zero
 DAMPING_STEP = 10.0  # more of it, where the second moment still has no Cholesky factor
 DAMPING_MOST = 1e4
+COLUMNS = 512  # of an inverse computed at a time
+SWAPPED = 1 << 22  # numbers swapped at a time where a matrix is turned round
 PIECE = 256  # rows that one worker rounds at a time; a multiple of a tile's panel
 SWEEPS = 3  # of coordinate descent; the third takes about 2 % off the error, the fourth less than 1 %
 
@@ -34,40 +36,59 @@ class Factor:
 
 
 def factorize(moments: torch.Tensor, *, device: str = "cpu") -> Factor:
-    """Factor the second moment (cols, cols) of a matrix's inputs, in float64.
+    """Factor the second moment (cols, cols) of a matrix's inputs. One in float64 is used up: few arrays are as large.
 
     Columns that saw nothing, and moments of too few tokens, are dampened until the factor exists.
     """
-    moments = moments.to(device, torch.float64)
-    mean = moments.diagonal().mean().item()
-    damping = DAMPING * mean if mean > 0 else 1.0
+    # H = R R^T with R upper triangular is the Cholesky factor of H with its order of columns turned round.
+    turned = moments.to(device, torch.float64).contiguous()
+    mean = turned.diagonal().mean().item()
+    _turn_round(turned)
+    damping, added = DAMPING * mean if mean > 0 else 1.0, 0.0
     most = DAMPING_MOST * max(mean, 1.0)
     while damping <= most:
-        damped = moments.clone()
-        damped.diagonal().add_(damping)
-        # H = R R^T with R upper triangular is the Cholesky factor of H with its order of columns turned round.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        turned.diagonal().add_(damping - added)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed.item():
-            right = lower.flip(0, 1).contiguous()
-            upper = torch.linalg.solve_triangular(
-                right, torch.eye(len(right), dtype=right.dtype, device=device), upper=True
-            )
+            upper = _inverse(lower).flip(0, 1)
             if bool(torch.isfinite(upper).all()):
-                return Factor(damped.to("cpu", torch.float32), upper.to("cpu", torch.float32))
+                return Factor(turned.to("cpu", torch.float32).flip(0, 1), upper)
         damping *= DAMPING_STEP
     raise ArithmeticError("the second moment has no factor at any damping")
 
 
-def drawn_target(weights: torch.Tensor, factor: Factor, cross: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def _turn_round(matrix: torch.Tensor) -> None:
+    """Reverse the order of rows and of columns, in place."""
+    flat = matrix.view(-1)
+    for first in range(0, len(flat) // 2, SWAPPED):
+        front = flat[first : min(first + SWAPPED, len(flat) // 2)]
+        back = flat[len(flat) - first - len(front) : len(flat) - first]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, float32 on the processor; some columns at a time."""
+    inverse = torch.zeros(lower.shape)
+    for first in range(0, len(lower), COLUMNS):
+        width = min(COLUMNS, len(lower) - first)
+        unit = torch.eye(len(lower) - first, width, dtype=lower.dtype, device=lower.device)
+        columns = torch.linalg.solve_triangular(lower[first:, first:], unit, upper=False)
+        inverse[first:, first : first + width] = columns.to("cpu", torch.float32)
+    return inverse
+
+
+def drawn_target(weights: torch.Tensor, factor: Factor, drift: torch.Tensor) -> torch.Tensor:
     """The weights (rows, cols) that answer the quantized prefix's inputs more as `weights` do the float model's.
 
-    `cross` (cols, cols) is C, the mean of x_float x_quantized^T, and `moments` that of x_quantized x_quantized^T, H
-    before damping: W C H^-1 answers for all errors of the layers before (Li et al. 2025, GPTAQ), and PULL of the way
-    to it is taken.
+    `drift` (cols, cols) is C - H: the mean of x_float x_quantized^T less that of x_quantized x_quantized^T. W C H^-1
+    answers for all errors of the layers before (Li et al. 2025, GPTAQ), and PULL of the way to it is taken.
     """
     upper = factor.upper.to(torch.float64)
-    drift = weights.to(torch.float64) @ (cross - moments).to(torch.float64)
-    return (weights.to(torch.float64) + PULL * (drift @ upper.T @ upper)).to(torch.float32)
+    moved = weights.to(torch.float64) @ drift.to("cpu", torch.float64)
+    return (weights.to(torch.float64) + PULL * (moved @ upper.T @ upper)).to(torch.float32)
 
 
 def feed_back(

@@ -29,10 +29,11 @@ from rondel.quant.rounding import (
     row_pieces,
     six_digits,
 )
-from rondel.quant.sequential import FLOAT, QUANTIZED, Moments, SequentialRun
+from rondel.quant.sequential import FEWEST_WINDOWS, FLOAT, QUANTIZED, Moments, SequentialRun
 from rondel.quant.workers import Workers
 
 FEEDBACK, PLAIN = "gptq", "imatrix"  # how the manifest names the two ways
+TOKENS_PER_CHANNEL = 20  # of a tied head: enough for its moments, and passing all the text twice takes long
 HIDDEN_STATES = (QUANTIZED, FLOAT)  # what lies in the output's folder while the stage runs
 
 Starting = Callable[[Sequence[str]], None]  # hears the names of the matrices that are rounded next
@@ -70,8 +71,8 @@ class _Sums:
 class _Learnt:
     """What feedback needs of a site."""
 
-    moments: Moments
     factor: Factor
+    drift: torch.Tensor | None  # of `drawn_target`
 
 
 class _Contest:
@@ -206,7 +207,9 @@ class FeedbackRounding:
         for contest in contests.values():
             if contest.looked_up:
                 moments = self._with_lookups(contest.name, moments)
-        return _Learnt(moments, factorize(moments.second, device=self._request.device))
+        # In place: at the largest site of a model each of these is larger than a block's weights.
+        drift = None if moments.cross is None else moments.cross.sub_(moments.second)
+        return _Learnt(factorize(moments.second, device=self._request.device), drift)
 
     def _with_lookups(self, name: str, moments: Moments) -> Moments:
         """The metric of a matrix that is head and embedding in one: the relative errors of both uses, added."""
@@ -219,15 +222,13 @@ class FeedbackRounding:
             squares += float(values.square().sum(dtype=torch.float64))
         if not (outputs > 0 and squares > 0):
             return moments
-        both = moments.second / outputs
+        both = moments.second.div_(outputs)
         both.diagonal().add_(1 / squares)
         return Moments(both, None)
 
     def _feed_back(self, contest: _Contest, values: Floats, learnt: _Learnt) -> Bytes:
-        weights, moments = torch.from_numpy(values), learnt.moments
-        target = None
-        if moments.cross is not None:
-            target = drawn_target(weights, learnt.factor, moments.cross, moments.second)
+        weights = torch.from_numpy(values)
+        target = None if learnt.drift is None else drawn_target(weights, learnt.factor, learnt.drift)
         with naming(contest.name):
             return feed_back(weights, learnt.factor, contest.format, self._workers, target=target)
 
@@ -236,9 +237,10 @@ class FeedbackRounding:
     def _float_run(self) -> SequentialRun:
         """The float model behind its last layer: what a head sees that is rounded before the layers."""
         request = self._request
+        enough = -(-TOKENS_PER_CHANNEL * self._source.numbers.width // request.windows.shape[1])
         run = SequentialRun(
             self._source,
-            request.windows,
+            request.windows[: max(enough, FEWEST_WINDOWS)],
             self._output.partial,
             self._workers,
             sequential=False,

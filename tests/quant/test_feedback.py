@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rondel.native.formats import decode, encode
+from rondel.quant import feedback
 from rondel.quant.feedback import DAMPING, PULL, drawn_target, factorize, feed_back
 from rondel.quant.workers import Workers
 
@@ -36,9 +37,12 @@ def output_error(weights: torch.Tensor, packed: np.ndarray, format: str, moments
     return float(((error @ moments) * error).sum())
 
 
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
+@pytest.mark.parametrize("columns", [512, 40])
+def test_the_factor_is_that_of_the_damped_inverse(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "COLUMNS", columns)
+    monkeypatch.setattr(feedback, "SWAPPED", 1000)
     moments = some_moments(96)
-    factor = factorize(moments)
+    factor = factorize(moments.clone())
     damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(96)
     assert torch.equal(factor.moments, damped.float())
     assert torch.equal(factor.upper, factor.upper.triu())
@@ -53,7 +57,7 @@ def test_feedback_beats_plain_rounding(format: str) -> None:
     weights, moments = some_weights(), some_moments()
     plain = encode(format, weights.numpy(), moments.diagonal().float().numpy())
     with Workers(1) as workers:
-        fed_back = feed_back(weights, factorize(moments), format, workers)
+        fed_back = feed_back(weights, factorize(moments.clone()), format, workers)
     assert len(fed_back) == len(plain)
     assert output_error(weights, fed_back, format, moments) < GAIN * output_error(weights, plain, format, moments)
 
@@ -61,7 +65,7 @@ def test_feedback_beats_plain_rounding(format: str) -> None:
 @pytest.mark.parametrize("format", ["Q2_K", "IQ2_XXS"])
 def test_sweeps_lower_the_error_of_the_first_pass(format: str) -> None:
     weights, moments = some_weights(), some_moments()
-    factor = factorize(moments)
+    factor = factorize(moments.clone())
     with Workers(1) as workers:
         first, swept = (feed_back(weights, factor, format, workers, sweeps=sweeps) for sweeps in (0, 3))
     assert output_error(weights, swept, format, moments) < SWEPT * output_error(weights, first, format, moments)
@@ -96,7 +100,7 @@ def test_the_drawn_target_answers_for_the_drift_of_the_inputs() -> None:
     wanted = seen @ drift  # the float model's inputs are a linear function of the quantized one's
     moments, cross = seen.T @ seen / 4000, wanted.T @ seen / 4000
     weights = some_weights(16, 32)
-    target = drawn_target(weights, factorize(moments), cross, moments)
+    target = drawn_target(weights, factorize(moments.clone()), cross - moments)
     lost = [((seen @ w.double().T - wanted @ weights.double().T) ** 2).sum().item() for w in (weights, target)]
     # (1 - PULL)^2 of the drift's error is left, but for the damping.
     assert lost[1] < ((1 - PULL) ** 2 + 2 * DAMPING) * lost[0]
