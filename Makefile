@@ -10,7 +10,7 @@ DEMO   ?= demo
 ROUNDS ?= 20
 WINDOWS ?= 16
 
-.PHONY: install install-peer native test demo bench-quality lint format typecheck wheel-check fuzz clean
+.PHONY: install install-peer native test demo bench-quality bench-encoders lint format typecheck wheel-check fuzz clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test: install
 
 demo: install
 	$(BIN)/rondel build configs/demo.toml --output $(DEMO)
+
+# Speed and weighted error of every encoder beside ggml's, on one thread.
+bench-encoders: install-peer
+	$(BIN)/python -m benchmarks.encoders --model tests/models/stories-4m
 
 # rondel's files and llama-quantize's, judged by unmodified llama.cpp; writes README's table. Long: every type, all texts.
 bench-quality: install-peer

@@ -119,7 +119,9 @@ def measure(name: str, rounds: int, groups: list[list[Matrix]]) -> Row:
 def main() -> None:
     """Print one line a type."""
     parser = argparse.ArgumentParser(description="Speed and weighted error of rondel's encoders over ggml's.")
-    parser.add_argument("--model", type=Path, action="append", default=[], help="a Hugging Face folder; may be repeated")
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="a Hugging Face folder; may be repeated"
+    )
     parser.add_argument("--imatrix", type=Path, action="append", default=[], help="of the model at the same place")
     parser.add_argument("--types", default="", help="only these, with commas between")
     parser.add_argument("--rounds", type=int, default=15)
@@ -130,7 +132,11 @@ def main() -> None:
     for i, model in enumerate(arguments.model):
         groups.append(list(of_model(model, arguments.imatrix[i] if i < len(arguments.imatrix) else None)))
     labels = ["drawn", *(model.name for model in arguments.model)]
-    names = arguments.types.split(",") if arguments.types else [n for n, f in formats().items() if f.encodes and f.block > 1]
+    names = (
+        arguments.types.split(",")
+        if arguments.types
+        else [n for n, f in formats().items() if f.encodes and f.block > 1]
+    )
     heads = " | ".join(f"error, {label}" for label in labels)
     print(f"| type | rondel, M weights/s | ggml | times as fast | {heads} |")
     print("|---|" + "---|" * (3 + len(labels)))
@@ -139,7 +145,9 @@ def main() -> None:
             continue
         row = measure(name, arguments.rounds, groups)
         errors = " | ".join(f"{error:.3f}" for error in row.errors)
-        print(f"| {row.name} | {row.ours / 1e6:.1f} | {row.theirs / 1e6:.1f} | {row.speed:.2f} | {errors} |", flush=True)
+        print(
+            f"| {row.name} | {row.ours / 1e6:.1f} | {row.theirs / 1e6:.1f} | {row.speed:.2f} | {errors} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rondel.converters.tiles import TILE_FORMATS, unpack_tiles
 from rondel.native.formats import decode, encode, formats
 from rondel.native.library import NativeError
+from rondel.native.machine import instruction_set, instruction_sets, use_instruction_set
 from tests.peer.ggml import ggml_encode
 from tests.peer.llama import find_library
 
@@ -150,6 +151,19 @@ def test_padding_rows_of_a_panel_have_no_scale(name: str) -> None:
 def test_threads_change_no_byte(name: str, threads: int) -> None:
     weights, importance = some_weights(rows=37), some_importance()
     np.testing.assert_array_equal(encode(name, weights, importance, threads=threads), encode(name, weights, importance))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("size", [1, 1e-6, 1e4])
+def test_instruction_sets_write_the_same_bytes(name: str, size: float) -> None:
+    weights, importance, best = np.float32(size) * some_weights(rows=4), some_importance(), instruction_set()
+    written = {}
+    for isa in instruction_sets():
+        use_instruction_set(isa)
+        written[isa] = encode(name, weights, importance)
+    use_instruction_set(best)
+    for packed in written.values():
+        np.testing.assert_array_equal(packed, written[best])
 
 
 @pytest.mark.parametrize("name", BLOCKS)

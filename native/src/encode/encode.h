@@ -29,6 +29,15 @@ void encode_superblocks(const struct encode_task *task, int64_t first, int64_t l
 void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last);   /* IQ1, IQ2, IQ3 */
 void encode_tiles(const struct encode_task *task, int64_t first, int64_t last);       /* U2, U4, U8 */
 
+/* The files with scale searches are compiled for two instruction sets, under names that end in them; dispatch.c calls the
+ * better copy. Both write the same bytes. */
+#ifndef ENCODE_ISA
+#define ENCODE_ISA scalar
+#endif
+#define COPY_OF(name, isa) name##_##isa
+#define COPY_FOR(name, isa) COPY_OF(name, isa)
+#define THIS_COPY(name) COPY_FOR(name, ENCODE_ISA)
+
 /* What an encoder is given: which one (NULL: the format is decoded and run, not written), and checks with set_error. */
 typedef void (*encode_rows)(const struct encode_task *task, int64_t first, int64_t last);
 encode_rows encoder_of(int format);

@@ -1,5 +1,6 @@
 /* Codes and stored scales to the bytes of ggml's blocks; nothing here chooses anything. */
 #include "encode.h"
+#include "kernels/kernels.h"
 
 #include <string.h>
 
@@ -23,6 +24,27 @@ void pack_nibbles(const uint8_t *codes, uint8_t *block) {
 void pack_fifth_bits(const uint8_t *codes, uint8_t *bits) {
     memset(bits, 0, 4);
     for (int j = 0; j < 32; j++) bits[j / 8] |= (uint8_t)((codes[j] >> 4 & 1) << j % 8);
+}
+
+/* One block of 32: scale, offset where there is one, fifth bits where there are, nibbles; or Q8_0. */
+void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block) {
+    uint16_t d = float_to_half(scale), m = float_to_half(offset);
+    if (format == FMT_Q8_0) {
+        pack_q8_0(codes, d, block);
+        return;
+    }
+    int affine = format == FMT_Q4_1 || format == FMT_Q5_1, fifth = format == FMT_Q5_0 || format == FMT_Q5_1;
+    memcpy(block, &d, 2);
+    block += 2;
+    if (affine) {
+        memcpy(block, &m, 2);
+        block += 2;
+    }
+    if (fifth) {
+        pack_fifth_bits(codes, block);
+        block += 4;
+    }
+    pack_nibbles(codes, block);
 }
 
 /* Four planes of 2 bits per 128 columns: byte l of 32 holds columns l, l + 32, l + 64, l + 96. */

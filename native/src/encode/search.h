@@ -5,6 +5,7 @@
 #ifndef RONDEL_ENCODE_SEARCH_H
 #define RONDEL_ENCODE_SEARCH_H
 #include "encode.h"
+#include "kernels/kernels.h"
 #include "lanes.h"
 
 #define ALTERNATIONS 3 /* of refit and rounding after the grid; more change nothing that can be measured */
@@ -16,34 +17,60 @@ struct levels {
     const float *table;
     float first, step; /* the grid: scale = largest magnitude / (first + i * step) */
     int count, both_signs;
+    int fine; /* halvings of the step around the best */
 };
 
 /* The levels of IQ4_NL and IQ4_XS. */
 static const float iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-INLINE int table_code(const float *table, float level) {
-    int code = 0;
-    while (table[code] < level) code++;
-    return code;
+/* The place of a level in its table. */
+INLINE vec table_code(const float *table, vec level) {
+    mask code = {0};
+    for (int i = 0; i < 15; i++) code -= level > table[i];
+    return __builtin_convertvector(code, vec);
+}
+
+/* The level of a table nearest to v: its place is the number of edges below v, an edge being the middle of two levels. */
+INLINE vec nearest_in_table(const float *t, vec v) {
+#define EDGE(i) (0.5f * (t[i] + t[(i) + 1]))
+#ifdef __AVX2__
+    /* Four halvings of the sixteen places. Comparisons are 0 or -1, and a permutation reads the lowest three bits. */
+    const __m256 quarters = {EDGE(1), EDGE(5), EDGE(9), EDGE(13)};
+    const __m256 pairs = {EDGE(0), EDGE(2), EDGE(4), EDGE(6), EDGE(8), EDGE(10), EDGE(12), EDGE(14)};
+    const __m256 lower = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
+    const __m256 upper = {t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]};
+    mask high = v > EDGE(7);
+    mask place = (high & 2) - (v > pick(high, splat(EDGE(11)), splat(EDGE(3))));
+    place = place + place - (v > (vec)_mm256_permutevar8x32_ps(quarters, (__m256i)place));
+    place = place + place - (v > (vec)_mm256_permutevar8x32_ps(pairs, (__m256i)place));
+    return pick(high, (vec)_mm256_permutevar8x32_ps(upper, (__m256i)place),
+                (vec)_mm256_permutevar8x32_ps(lower, (__m256i)place));
+#else
+    vec level = splat(t[0]);
+    for (int i = 0; i < 15; i++) {
+        vec jump = splat(t[i + 1] - t[i]);
+        level += (vec)((mask)jump & (v > EDGE(i)));
+    }
+    return level;
+#endif
+#undef EDGE
 }
 
 /* The level nearest to v. */
 INLINE vec nearest_level(const struct levels levels, vec v) {
-    if (levels.table) {
-        vec level = splat(levels.table[0]);
-        for (int i = 1; i < 16; i++) {
-            float edge = 0.5f * (levels.table[i - 1] + levels.table[i]);
-            vec jump = splat(levels.table[i] - levels.table[i - 1]);
-            level += (vec)((mask)jump & (v > edge));
-        }
-        return level;
-    }
+    if (levels.table) return nearest_in_table(levels.table, v);
+    if (levels.offset == 0) return whole_within(v, levels.lo, levels.hi); /* saves an addition that changes nothing */
     return whole_within(v - levels.offset, levels.lo, levels.hi) + levels.offset;
 }
 
-/* Sums over a lane for codes rounded with `scale`: w x q and w q q. */
-INLINE void project(const vec *x, const vec *w, int depth, const struct levels levels, vec scale, vec *xq, vec *qq) {
-    vec inv = inverse(scale), a = splat(0), b = splat(0);
+/* The code that stores a level. */
+INLINE vec level_code(const struct levels levels, vec level) {
+    return levels.table ? table_code(levels.table, level) : level - levels.lo;
+}
+
+/* Sums over a lane for codes rounded with the scale whose inverse is given: w x q and w q q. */
+INLINE void project_inverse(const vec *x, const vec *w, int depth, const struct levels levels, vec inv, vec *xq, vec *qq) {
+    vec a = splat(0), b = splat(0);
     for (int i = 0; i < depth; i++) {
         vec q = nearest_level(levels, x[i] * inv), wq = w[i] * q;
         a += wq * x[i];
@@ -51,6 +78,10 @@ INLINE void project(const vec *x, const vec *w, int depth, const struct levels l
     }
     *xq = a;
     *qq = b;
+}
+
+INLINE void project(const vec *x, const vec *w, int depth, const struct levels levels, vec scale, vec *xq, vec *qq) {
+    project_inverse(x, w, depth, levels, inverse(scale), xq, qq);
 }
 
 /* Weighted squared error of a lane for codes rounded with `scale`. */
@@ -63,20 +94,45 @@ INLINE vec scale_error(const vec *x, const vec *w, int depth, const struct level
     return error;
 }
 
-/* The scale of every lane. The error of refitted codes is sum w x x - (w x q)^2 / (w q q): the gain is made largest. */
+/* A lane's best scale so far, the divisor of the grid that led to it, and by how much it lowers the error of zeros. */
+struct lead {
+    vec scale, divisor, gain;
+};
+
+/* Codes are rounded by `inv`, and the scale is refitted: their error is sum w x x - (w x q)^2 / (w q q). */
+INLINE void try_scale(const vec *x, const vec *w, int depth, const struct levels levels, vec inv, vec divisor,
+                      struct lead *lead) {
+    vec xq, qq;
+    project_inverse(x, w, depth, levels, inv, &xq, &qq);
+    vec refit = ratio(xq, qq), gain = xq * refit;
+    mask better = gain > lead->gain;
+    lead->scale = pick(better, refit, lead->scale);
+    lead->divisor = pick(better, divisor, lead->divisor);
+    lead->gain = greater(gain, lead->gain);
+}
+
+/* The scale of every lane: the grid, then halves of its step around the best (`fine` times), then alternation. */
 INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct levels levels) {
-    vec largest = splat(0), best = splat(0), gain = splat(0), xq, qq;
+    vec largest = splat(0);
     for (int i = 0; i < depth; i++) largest = greater(largest, magnitude(x[i]));
-    int grid = levels.count << levels.both_signs;
-    for (int i = 0; i < grid + ALTERNATIONS; i++) {
+    vec unit = inverse(largest);
+    struct lead lead = {splat(0), splat(0), splat(0)};
+    for (int i = 0; i < levels.count << levels.both_signs; i++) {
         float divisor = levels.first + (float)(i >> levels.both_signs) * levels.step;
-        vec candidate = i < grid ? largest / (i & levels.both_signs ? -divisor : divisor) : best;
-        project(x, w, depth, levels, candidate, &xq, &qq);
-        vec refit = ratio(xq, qq), won = xq * refit;
-        best = pick(won > gain, refit, best);
-        gain = greater(gain, won);
+        vec signed_divisor = splat(i & levels.both_signs ? -divisor : divisor);
+        try_scale(x, w, depth, levels, signed_divisor * unit, signed_divisor, &lead);
     }
-    return best;
+    float step = levels.step;
+    for (int i = 0; i < levels.fine; i++) {
+        vec from = lead.divisor;
+        step *= 0.5f;
+        for (int side = -1; side <= 1; side += 2) {
+            vec divisor = from + (float)side * step;
+            try_scale(x, w, depth, levels, divisor * unit, divisor, &lead);
+        }
+    }
+    for (int i = 0; i < ALTERNATIONS; i++) try_scale(x, w, depth, levels, inverse(lead.scale), lead.divisor, &lead);
+    return lead.scale;
 }
 
 /* The factor that makes rounded weights unbiased: sum w x (g q) = sum w x x for the codes q that were chosen.
@@ -85,6 +141,18 @@ INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct leve
  * adds up over channels and layers. Scales multiplied by g = 1 / (1 - e) answer at full strength and raise the squared
  * error to e / (1 - e) only (Vargaftik et al. 2021, DRIVE). Where half of the energy is lost g stays 1. */
 INLINE float unbiased_gain(float xx, float xq) { return xq > 0.5f * xx && xx > 0 ? xx / xq : 1; }
+
+/* The nearest values that a half can store as a scale: finite, and not zero unless the wish is. */
+INLINE vec to_stored(vec wish) {
+#ifdef __AVX2__
+    vec size = lesser(greater(magnitude(wish), splat(HALF_LEAST)), splat(HALF_MAX));
+    vec near = (vec)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)size, _MM_FROUND_TO_NEAREST_INT));
+    return pick(wish == 0.0f, splat(0), (vec)((mask)near | ((mask)wish & INT32_MIN)));
+#else
+    for (int l = 0; l < LANES; l++) wish[l] = half_to_float(scale_to_half(wish[l]));
+    return wish;
+#endif
+}
 
 /* Whether a stored scale can be multiplied by a gain of at most 2: below 64 steps of a half it would move by a whole
  * step, above half of the largest half it could leave the range. */

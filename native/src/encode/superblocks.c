@@ -27,12 +27,12 @@ static const struct traits q2_k = {.depth = 16, .top = 3, .scale_hi = 15, .min_h
 static const struct traits q4_k = {.depth = 32, .top = 15, .scale_hi = 63, .min_hi = 63, .ranges = {-0.02f, 0.03f, 6}};
 static const struct traits q5_k = {.depth = 32, .top = 31, .scale_hi = 63, .min_hi = 63, .ranges = {-0.01f, 0.02f, 5}};
 static const struct traits q3_k = {
-    .depth = 16, .scale_lo = -32, .scale_hi = 31, .levels = {-4, 3, 0, 0, 2.0f, 0.2f, 14, 1}};
+    .depth = 16, .scale_lo = -32, .scale_hi = 31, .levels = {-4, 3, 0, 0, 2.0f, 0.2f, 14, 1, 0}};
 static const struct traits q6_k = {
-    .depth = 16, .scale_lo = -128, .scale_hi = 127, .levels = {-32, 31, 0, 0, 29.0f, 0.5f, 9, 1}};
+    .depth = 16, .scale_lo = -128, .scale_hi = 127, .levels = {-32, 31, 0, 0, 29.0f, 0.5f, 9, 1, 0}};
 
 static const struct traits iq4_xs = {
-    .depth = 32, .scale_lo = -32, .scale_hi = 31, .levels = {0, 15, 0, iq4_table, 90.0f, 6.0f, 11, 1}};
+    .depth = 32, .scale_lo = -32, .scale_hi = 31, .levels = {0, 15, 0, iq4_table, 90.0f, 6.0f, 11, 1, 0}};
 
 /* 256 weights with sub-blocks across the lanes: x[g * depth + i][l] is column i of sub-block 8 g + l. */
 struct block {
@@ -46,14 +46,8 @@ struct choice {
     float error;
 };
 
-static void load_block(const float *from, const float *importance, int depth, struct block *b) {
-    for (int g = 0; g * depth * LANES < COLUMNS; g++)
-        for (int l = 0; l < LANES; l++)
-            for (int i = 0; i < depth; i++) {
-                int column = (g * LANES + l) * depth + i;
-                b->x[g * depth + i][l] = from[column];
-                b->w[g * depth + i][l] = importance[column];
-            }
+INLINE void load_block(const float *from, int depth, vec *to) {
+    for (int g = 0; g * depth * LANES < COLUMNS; g++) load_lanes(from + g * depth * LANES, depth, depth, to + g * depth);
 }
 
 static float stored(double wish) { return half_to_float(scale_to_half((float)wish)); }
@@ -66,20 +60,21 @@ INLINE float lane_max(vec a) {
 
 /* ---- a scale alone: Q3_K, Q6_K, IQ4_XS ---- */
 
-/* Step 2: d from the wishes t and the curvature qq of every sub-block. */
+/* Step 2: d from the wishes t and the curvature qq of every sub-block; here the candidates are the lanes. */
 INLINE float grid_scale(const struct traits traits, int groups, const vec *t, const vec *xq, const vec *qq) {
     float largest = 0, best_d = 0, best = INFINITY;
     for (int g = 0; g < groups; g++) largest = fmaxf(largest, lane_max(t[g]));
     if (largest == 0) return 0;
-    for (int i = 0; i < 48; i++) {
-        float d = stored((i & 1 ? -largest : largest) / (-traits.scale_lo * (1.04f - 0.02f * (float)(i / 2))));
-        vec error = splat(0);
-        for (int g = 0; g < groups; g++) {
-            vec s = d * whole_within(t[g] / d, traits.scale_lo, traits.scale_hi);
-            error += s * (s * qq[g] - 2.0f * xq[g]);
+    for (int i = 0; i < 24; i += LANES / 2) {
+        vec share = (1.04f - 0.02f * (float)i) - 0.02f * (vec){0, 0, 1, 1, 2, 2, 3, 3};
+        vec d = to_stored(largest / (share * (vec){1, -1, 1, -1, 1, -1, 1, -1} * -traits.scale_lo));
+        vec inv = inverse(d), error = splat(0);
+        for (int s = 0; s < groups * LANES; s++) {
+            vec scale = d * whole_within(t[s / LANES][s % LANES] * inv, traits.scale_lo, traits.scale_hi);
+            error += scale * (scale * qq[s / LANES][s % LANES] - 2.0f * xq[s / LANES][s % LANES]);
         }
-        float total = sum(error);
-        if (total < best) best = total, best_d = d;
+        for (int l = 0; l < LANES; l++)
+            if (error[l] < best) best = error[l], best_d = d[l];
     }
     return best_d;
 }
@@ -139,22 +134,35 @@ INLINE vec whole_pair(const struct traits traits, const struct moments *m, vec t
     return moments_error(m, s, u * *n);
 }
 
-/* Step 2: d and dmin from a grid of clipped or loosened largest scale and min. */
+/* Step 2: d and dmin from a grid of clipped or loosened largest scale and min; here candidates of dmin are the lanes. */
 INLINE void grid_pair(const struct traits traits, int groups, const struct moments *m, const vec *t, const vec *o, int sign,
                       struct choice *c) {
+    const vec steps = {0, 1, 2, 3, 4, 5, 6, 7};
     float largest = 0, deepest = 0, best = INFINITY;
     for (int g = 0; g < groups; g++) {
         largest = fmaxf(largest, lane_max(t[g]));
         deepest = fmaxf(deepest, lane_max(o[g]));
     }
+    vec u[2], inv[2];
+    for (int half = 0; half < 2; half++) {
+        u[half] = to_stored((sign < 0 ? -deepest : deepest) / (traits.min_hi * (1.03f - 0.03f * (steps + (float)(8 * half)))));
+        inv[half] = inverse(u[half]);
+    }
     c->d = c->u = 0;
-    for (int i = 0; i < 144; i++) {
-        float d = stored(largest / (traits.scale_hi * (1.03f - 0.04f * (float)(i % 12))));
-        float u = stored((sign < 0 ? -deepest : deepest) / (traits.min_hi * (1.03f - 0.04f * (float)(i / 12))));
-        vec error = splat(0), k, n;
-        for (int g = 0; g < groups; g++) error += whole_pair(traits, &m[g], t[g], d, u, &k, &n);
-        float total = sum(error);
-        if (total < best) best = total, c->d = d, c->u = u;
+    for (int i = 0; i < 12; i++) {
+        float d = stored(largest / (traits.scale_hi * (1.03f - 0.04f * (float)i)));
+        vec error[2] = {splat(0), splat(0)};
+        for (int g = 0; g < groups; g++) {
+            vec s = d * whole_within(t[g] * inverse(splat(d)), traits.scale_lo, traits.scale_hi);
+            vec pull = m[g].x - s * m[g].q, wish = pull / m[g].w, rest = m[g].xx + s * (s * m[g].qq - 2.0f * m[g].xq);
+            for (int l = 0; l < LANES; l++)
+                for (int half = 0; half < 2; half++) {
+                    vec offset = u[half] * whole_within(wish[l] * inv[half], 0, traits.min_hi);
+                    error[half] += rest[l] + offset * (offset * m[g].w[l] - 2.0f * pull[l]);
+                }
+        }
+        for (int l = 0; l < 2 * LANES; l++)
+            if (error[l / LANES][l % LANES] < best) best = error[l / LANES][l % LANES], c->d = d, c->u = u[l / LANES][l % LANES];
     }
 }
 
@@ -251,7 +259,7 @@ INLINE void choose_pairs(const struct block *b, const struct traits traits, stru
 
 INLINE void round_codes(const struct block *b, const struct traits traits, const struct choice *c, int biased,
                         struct superblock *to) {
-    vec xx = splat(0), xq = splat(0);
+    vec xx = splat(0), xq = splat(0), four[4];
     for (int g = 0; g * traits.depth * LANES < COLUMNS; g++) {
         vec scale = c->d * c->k[g], offset = traits.top > 0 ? c->u * c->m[g] : splat(0), inv = inverse(scale);
         for (int l = 0; l < LANES; l++) {
@@ -259,18 +267,16 @@ INLINE void round_codes(const struct block *b, const struct traits traits, const
             to->min[g * LANES + l] = traits.top > 0 ? (uint8_t)c->m[g][l] : 0;
         }
         for (int i = 0; i < traits.depth; i++) {
-            vec x = b->x[g * traits.depth + i], q;
+            vec x = b->x[g * traits.depth + i], q, code;
             if (traits.top > 0)
-                q = whole_within((x - offset) * inv, 0, traits.top);
+                code = q = whole_within((x - offset) * inv, 0, traits.top);
             else
-                q = nearest_level(traits.levels, x * inv) - traits.levels.lo;
-            for (int l = 0; l < LANES; l++) {
-                int code = traits.levels.table ? table_code(traits.levels.table, q[l]) : (int)q[l];
-                to->codes[(g * LANES + l) * traits.depth + i] = (uint8_t)code;
-            }
+                q = nearest_level(traits.levels, x * inv), code = level_code(traits.levels, q);
+            four[i % 4] = code;
+            if (i % 4 == 3) store_codes(four, traits.depth, to->codes + g * LANES * traits.depth + i - 3);
             vec wx = b->w[g * traits.depth + i] * x;
             xx += wx * x;
-            xq += wx * (scale * (q + traits.levels.lo) + offset);
+            xq += wx * (scale * q + offset);
         }
     }
     float gain = fine_enough(c->d) && fine_enough(c->u) && !biased ? unbiased_gain(sum(xx), sum(xq)) : 1;
@@ -281,13 +287,14 @@ INLINE void round_codes(const struct block *b, const struct traits traits, const
 INLINE void encode_rows_of(const struct encode_task *task, const struct traits traits,
                            void (*pack)(const struct superblock *, uint8_t *), int64_t first, int64_t last) {
     int bytes = format_table[task->format].bytes;
-    for (int64_t row = first; row < last; row++)
-        for (int64_t column = 0; column < task->cols; column += COLUMNS) {
+    struct block b;
+    for (int64_t column = 0; column < task->cols; column += COLUMNS) {
+        load_block(task->importance + column, traits.depth, b.w); /* once for all rows */
+        for (int64_t row = first; row < last; row++) {
             int64_t at = row * task->cols + column;
-            struct block b;
             struct choice c;
             struct superblock to;
-            load_block(task->weights + at, task->importance + column, traits.depth, &b);
+            load_block(task->weights + at, traits.depth, b.x);
             if (traits.top > 0)
                 choose_pairs(&b, traits, &c);
             else
@@ -295,9 +302,10 @@ INLINE void encode_rows_of(const struct encode_task *task, const struct traits t
             round_codes(&b, traits, &c, task->biased, &to);
             pack(&to, task->packed + at / COLUMNS * bytes);
         }
+    }
 }
 
-CLONES void encode_superblocks(const struct encode_task *task, int64_t first, int64_t last) {
+void THIS_COPY(encode_superblocks)(const struct encode_task *task, int64_t first, int64_t last) {
     switch (task->format) {
     case FMT_Q2_K: encode_rows_of(task, q2_k, pack_q2_k, first, last); break;
     case FMT_Q3_K: encode_rows_of(task, q3_k, pack_q3_k, first, last); break;

@@ -8,9 +8,9 @@
 #define MOST_COLUMNS 256
 #define ROUNDS 2
 
-static const struct levels u2 = {0, 3, -1.5f, 0, 0.9f, 0.1f, 16, 0};
-static const struct levels u4 = {-8, 7, 0, 0, 5.5f, 0.25f, 20, 1};
-static const struct levels u8 = {-127, 127, 0, 0, 125.5f, 0.5f, 5, 0};
+static const struct levels u2 = {0, 3, -1.5f, 0, 0.9f, 0.1f, 16, 0, 0};
+static const struct levels u4 = {-8, 7, 0, 0, 5.5f, 0.25f, 20, 1, 0};
+static const struct levels u8 = {-127, 127, 0, 0, 125.5f, 0.5f, 5, 0, 0};
 
 static void load_rows(const struct encode_task *task, int64_t row, int64_t column, int columns, vec *x, vec *w) {
     for (int l = 0; l < LANES; l++)
