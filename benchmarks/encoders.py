@@ -9,21 +9,21 @@ runs beside each other see the same machine, so the median of the ratios holds o
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from rondel.native.formats import decode, encode, formats
+from rondel.native.formats import decode, encode, format_bytes, formats
 from tests.peer.ggml import ggml_encode
 from tests.peer.llama import find_library
 
 COLUMNS = 1024
-ROUND_SECONDS = 0.04  # the least time of one timed call: far above the clock's step and one switch of the scheduler
+CALL_SECONDS = 0.02  # the least time of one timed call: far above the clock's step and one switch of the scheduler
 SMALLEST_MATRIX = 1 << 14  # weights; norms and the like stay float
 
 
@@ -54,7 +54,7 @@ def drawn(rows: int) -> Matrix:
 
 
 def of_model(model: Path, imatrix: Path | None) -> Iterator[Matrix]:
-    """The matrices of a Hugging Face folder with their means of an imatrix file, or drawn importance where it has none."""
+    """The matrices of a Hugging Face folder under their means of an imatrix file, or a drawn importance."""
     from rondel.converters.huggingface import open_huggingface
     from rondel.converters.imatrix import read_imatrix
 
@@ -69,8 +69,14 @@ def of_model(model: Path, imatrix: Path | None) -> Iterator[Matrix]:
         yield Matrix(weights, means.get(name, drawn_means))
 
 
-def theirs_of(name: str, matrix: Matrix, size: int) -> np.ndarray:
+def ours_of(name: str, matrix: Matrix) -> np.ndarray:
+    """rondel's bytes, on one thread."""
+    return encode(name, matrix.weights, matrix.importance)
+
+
+def theirs_of(name: str, matrix: Matrix) -> np.ndarray:
     """ggml's bytes."""
+    size = format_bytes(name, *matrix.weights.shape)
     return ggml_encode(formats()[name].ggml_type, matrix.weights, matrix.importance, size)
 
 
@@ -78,34 +84,30 @@ def error_ratio(name: str, matrices: list[Matrix]) -> float:
     """Our weighted squared error over ggml's; every matrix counts by its own energy, so that none hides the others."""
     lost = np.zeros(2)
     for matrix in matrices:
-        ours = encode(name, matrix.weights, matrix.importance)
         energy = np.square(matrix.weights, dtype=np.float64).sum(0) @ matrix.importance
-        for i, packed in enumerate((ours, theirs_of(name, matrix, ours.size))):
+        for i, encoder in enumerate((ours_of, theirs_of)):
+            packed = encoder(name, matrix)
             difference = matrix.weights.astype(np.float64) - decode(name, packed, *matrix.weights.shape)
             lost[i] += np.square(difference).sum(0) @ matrix.importance / energy
     return float(lost[0] / lost[1])
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(encoder: Callable[[str, Matrix], np.ndarray], name: str, matrix: Matrix) -> float:
     """Processor time of this thread."""
     start = time.thread_time()
-    call()
+    encoder(name, matrix)
     return time.thread_time() - start
 
 
 def measure(name: str, rounds: int, groups: list[list[Matrix]]) -> Row:
-    """Both encoders in turn, on as many rows as make a round long enough."""
+    """Both encoders in turn, on as many rows as make a call long enough."""
     rows = 16
-    size = encode(name, drawn(rows).weights).size  # bytes of 16 rows
-    theirs_of(name, drawn(rows), size)  # ggml builds its tables at the first call
     matrix = drawn(rows)
-    while seconds(lambda: encode(name, matrix.weights, matrix.importance)) < ROUND_SECONDS:
+    theirs_of(name, matrix)  # ggml builds its tables at the first call
+    while seconds(ours_of, name, matrix) < CALL_SECONDS:
         rows *= 2
         matrix = drawn(rows)
-    pairs = []
-    for _ in range(rounds):
-        ours = seconds(lambda: encode(name, matrix.weights, matrix.importance))
-        pairs.append((ours, seconds(lambda: theirs_of(name, matrix, size * rows // 16))))
+    pairs = [(seconds(ours_of, name, matrix), seconds(theirs_of, name, matrix)) for _ in range(rounds)]
     count = matrix.weights.size
     return Row(
         name,
@@ -119,37 +121,26 @@ def measure(name: str, rounds: int, groups: list[list[Matrix]]) -> Row:
 def main() -> None:
     """Print one line a type."""
     parser = argparse.ArgumentParser(description="Speed and weighted error of rondel's encoders over ggml's.")
-    parser.add_argument(
-        "--model", type=Path, action="append", default=[], help="a Hugging Face folder; may be repeated"
-    )
+    parser.add_argument("--model", type=Path, action="append", default=[], help="a Hugging Face folder; repeatable")
     parser.add_argument("--imatrix", type=Path, action="append", default=[], help="of the model at the same place")
     parser.add_argument("--types", default="", help="only these, with commas between")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     if find_library() is None:
         parser.error("no llama.cpp here: make install-peer")
-    groups = [[drawn(256)]]
-    for i, model in enumerate(arguments.model):
-        groups.append(list(of_model(model, arguments.imatrix[i] if i < len(arguments.imatrix) else None)))
-    labels = ["drawn", *(model.name for model in arguments.model)]
-    names = (
-        arguments.types.split(",")
-        if arguments.types
-        else [n for n, f in formats().items() if f.encodes and f.block > 1]
-    )
-    heads = " | ".join(f"error, {label}" for label in labels)
-    print(f"| type | rondel, M weights/s | ggml | times as fast | {heads} |")
-    print("|---|" + "---|" * (3 + len(labels)))
-    for name in names:
-        if formats()[name].tiled:
-            continue
-        row = measure(name, arguments.rounds, groups)
-        errors = " | ".join(f"{error:.3f}" for error in row.errors)
-        print(
-            f"| {row.name} | {row.ours / 1e6:.1f} | {row.theirs / 1e6:.1f} | {row.speed:.2f} | {errors} |", flush=True
-        )
+    groups = {"drawn": [drawn(256)]}
+    for model, imatrix in zip_longest(arguments.model, arguments.imatrix):
+        groups[model.name] = list(of_model(model, imatrix))
+    written = [name for name, f in formats().items() if f.encodes and f.block > 1 and not f.tiled]
+    heads = "".join(f" error, {label} |" for label in groups)
+    print(f"| type | rondel, M weights/s | ggml | times as fast |{heads}")
+    print("|---|---:|---:|---:|" + "---:|" * len(groups))
+    for name in arguments.types.split(",") if arguments.types else written:
+        row = measure(name, arguments.rounds, list(groups.values()))
+        errors = "".join(f" {error:.3f} |" for error in row.errors)
+        speeds = f"{row.ours / 1e6:.1f} | {row.theirs / 1e6:.1f} | {row.speed:.2f}"
+        print(f"| {row.name} | {speeds} |{errors}", flush=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
