@@ -11,10 +11,10 @@
 
 /* The grids: small enough divisors that the largest weight may be clipped by nearly half where others weigh more. */
 static const struct levels q8_0 = {-127, 127, 0, 0, 125.5f, 0.5f, 5, 0, 0};
-static const struct levels q5_0 = {-16, 15, 0, 0, 14.0f, 0.25f, 14, 1, 0};
-static const struct levels q4_0 = {-8, 7, 0, 0, 6.0f, 0.25f, 18, 1, 0};
+static const struct levels q5_0 = {-16, 15, 0, 0, 14.0f, 0.5f, 7, 1, 1};
+static const struct levels q4_0 = {-8, 7, 0, 0, 6.0f, 0.5f, 9, 1, 1};
 static const struct levels iq4_nl = {0, 15, 0, iq4_table, 100.0f, 5.0f, 13, 1, 0};
-static const struct ranges q4_1 = {-0.02f, 0.03f, 6}, q5_1 = {-0.01f, 0.02f, 5};
+static const struct ranges q4_1 = {-0.06f, 0.024f, 7}, q5_1 = {-0.03f, 0.012f, 7};
 
 /* Eight blocks, columns across: x[i][l] is column i of block l. Lanes past `blocks` hold `rest`. */
 INLINE void load_blocks(const float *from, int blocks, float rest, vec *x) {

@@ -47,13 +47,33 @@ void pack_block(int format, const uint8_t *codes, float scale, float offset, uin
     pack_nibbles(codes, block);
 }
 
+/* Eight codes at a time, for layouts that take the same bits of codes some columns apart: what is shifted out of a byte
+ * has been masked away before. */
+static uint64_t eight(const uint8_t *codes) {
+    uint64_t word;
+    memcpy(&word, codes, 8);
+    return word;
+}
+
+static uint64_t each(uint8_t byte) { return byte * 0x0101010101010101u; }
+
 /* Four planes of 2 bits per 128 columns: byte l of 32 holds columns l, l + 32, l + 64, l + 96. */
 static void pack_two_bits(const uint8_t *codes, uint8_t *to) {
     for (int j = 0; j < 256; j += 128)
-        for (int l = 0; l < 32; l++) {
-            const uint8_t *c = codes + j + l;
-            to[j / 4 + l] = (uint8_t)((c[0] & 3) | (c[32] & 3) << 2 | (c[64] & 3) << 4 | (c[96] & 3) << 6);
+        for (int l = 0; l < 32; l += 8) {
+            uint64_t word = 0;
+            for (int k = 0; k < 4; k++) word |= (eight(codes + j + l + 32 * k) & each(3)) << 2 * k;
+            memcpy(to + j / 4 + l, &word, 8);
         }
+}
+
+/* Bit c / 32 of byte c % 32 = bit `bit` of code c, for 256 codes. */
+static void pack_single_bits(const uint8_t *codes, int bit, uint8_t *to) {
+    for (int l = 0; l < 32; l += 8) {
+        uint64_t word = 0;
+        for (int k = 0; k < 8; k++) word |= (eight(codes + l + 32 * k) >> bit & each(1)) << k;
+        memcpy(to + l, &word, 8);
+    }
 }
 
 /* 16 bytes (scale | min << 4), 64 bytes of codes, d, dmin */
@@ -68,9 +88,8 @@ void pack_q2_k(const struct superblock *from, uint8_t *block) {
  * Scale bytes: low nibbles of 0..7, high nibbles of them for 8..15; then bits 4 and 5 of s at 2 (s / 4) of byte 8 + s % 4. */
 void pack_q3_k(const struct superblock *from, uint8_t *block) {
     uint8_t *scales = block + 96;
-    memset(block, 0, 32);
     memset(scales, 0, 12);
-    for (int c = 0; c < 256; c++) block[c % 32] |= (uint8_t)((from->codes[c] >> 2 & 1) << c / 32);
+    pack_single_bits(from->codes, 2, block);
     pack_two_bits(from->codes, block + 32);
     for (int s = 0; s < 16; s++) {
         int stored = from->scale[s] + 32;
@@ -110,8 +129,7 @@ void pack_q5_k(const struct superblock *from, uint8_t *block) {
     put_half(block, from->d);
     put_half(block + 2, from->dmin);
     pack_six_bits(from, block + 4);
-    memset(block + 16, 0, 32);
-    for (int c = 0; c < 256; c++) block[16 + c % 32] |= (uint8_t)((from->codes[c] >> 4 & 1) << c / 32);
+    pack_single_bits(from->codes, 4, block + 16);
     pack_nibble_pairs(from->codes, block + 48);
 }
 

@@ -99,16 +99,36 @@ struct lead {
     vec scale, divisor, gain;
 };
 
-/* Codes are rounded by `inv`, and the scale is refitted: their error is sum w x x - (w x q)^2 / (w q q). */
-INLINE void try_scale(const vec *x, const vec *w, int depth, const struct levels levels, vec inv, vec divisor,
-                      struct lead *lead) {
-    vec xq, qq;
-    project_inverse(x, w, depth, levels, inv, &xq, &qq);
+/* Codes with the sums xq and qq lead to the scale xq / qq, whose error is sum w x x - (w x q)^2 / (w q q). */
+INLINE void consider(vec xq, vec qq, vec divisor, struct lead *lead) {
     vec refit = ratio(xq, qq), gain = xq * refit;
     mask better = gain > lead->gain;
     lead->scale = pick(better, refit, lead->scale);
     lead->divisor = pick(better, divisor, lead->divisor);
     lead->gain = greater(gain, lead->gain);
+}
+
+INLINE void try_scale(const vec *x, const vec *w, int depth, const struct levels levels, vec inv, vec divisor,
+                      struct lead *lead) {
+    vec xq, qq;
+    project_inverse(x, w, depth, levels, inv, &xq, &qq);
+    consider(xq, qq, divisor, lead);
+}
+
+/* Both signs of a scale at once: whole levels -lo..-hi of the negative one are the same numbers, clipped elsewhere. */
+INLINE void try_both_signs(const vec *x, const vec *w, int depth, const struct levels levels, vec inv, vec divisor,
+                           struct lead *lead) {
+    vec xp = splat(0), pp = splat(0), xn = splat(0), nn = splat(0);
+    for (int i = 0; i < depth; i++) {
+        vec q = whole(x[i] * inv), p = lesser(greater(q, splat(levels.lo)), splat(levels.hi)), wp = w[i] * p;
+        vec n = lesser(greater(q, splat(-levels.hi)), splat(-levels.lo)), wn = w[i] * n;
+        xp += wp * x[i];
+        pp += wp * p;
+        xn += wn * x[i];
+        nn += wn * n;
+    }
+    consider(xp, pp, divisor, lead);
+    consider(-xn, nn, -divisor, lead);
 }
 
 /* The scale of every lane: the grid, then halves of its step around the best (`fine` times), then alternation. */
@@ -117,10 +137,14 @@ INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct leve
     for (int i = 0; i < depth; i++) largest = greater(largest, magnitude(x[i]));
     vec unit = inverse(largest);
     struct lead lead = {splat(0), splat(0), splat(0)};
-    for (int i = 0; i < levels.count << levels.both_signs; i++) {
-        float divisor = levels.first + (float)(i >> levels.both_signs) * levels.step;
-        vec signed_divisor = splat(i & levels.both_signs ? -divisor : divisor);
-        try_scale(x, w, depth, levels, signed_divisor * unit, signed_divisor, &lead);
+    for (int i = 0; i < levels.count; i++) {
+        vec divisor = splat(levels.first + (float)i * levels.step);
+        if (levels.both_signs && !levels.table) {
+            try_both_signs(x, w, depth, levels, divisor * unit, divisor, &lead);
+            continue;
+        }
+        try_scale(x, w, depth, levels, divisor * unit, divisor, &lead);
+        if (levels.both_signs) try_scale(x, w, depth, levels, -divisor * unit, -divisor, &lead);
     }
     float step = levels.step;
     for (int i = 0; i < levels.fine; i++) {

@@ -24,12 +24,12 @@ struct traits {
 };
 
 static const struct traits q2_k = {.depth = 16, .top = 3, .scale_hi = 15, .min_hi = 15, .ranges = {-0.05f, 0.08f, 6}};
-static const struct traits q4_k = {.depth = 32, .top = 15, .scale_hi = 63, .min_hi = 63, .ranges = {-0.02f, 0.03f, 6}};
-static const struct traits q5_k = {.depth = 32, .top = 31, .scale_hi = 63, .min_hi = 63, .ranges = {-0.01f, 0.02f, 5}};
+static const struct traits q4_k = {.depth = 32, .top = 15, .scale_hi = 63, .min_hi = 63, .ranges = {-0.06f, 0.03f, 6}};
+static const struct traits q5_k = {.depth = 32, .top = 31, .scale_hi = 63, .min_hi = 63, .ranges = {-0.03f, 0.015f, 6}};
 static const struct traits q3_k = {
     .depth = 16, .scale_lo = -32, .scale_hi = 31, .levels = {-4, 3, 0, 0, 2.0f, 0.2f, 14, 1, 0}};
 static const struct traits q6_k = {
-    .depth = 16, .scale_lo = -128, .scale_hi = 127, .levels = {-32, 31, 0, 0, 29.0f, 0.5f, 9, 1, 0}};
+    .depth = 16, .scale_lo = -128, .scale_hi = 127, .levels = {-32, 31, 0, 0, 29.0f, 1.0f, 5, 1, 1}};
 
 static const struct traits iq4_xs = {
     .depth = 32, .scale_lo = -32, .scale_hi = 31, .levels = {0, 15, 0, iq4_table, 90.0f, 6.0f, 11, 1, 0}};
