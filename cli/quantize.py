@@ -113,7 +113,7 @@ def quantize(
             "--asymmetric/--no-asymmetric",
             help="With gptq: let each matrix make up for what the ones before it lost. Runs the float model too.",
         ),
-    ] = False,
+    ] = True,
     pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
     tensor: Annotated[
         list[str] | None,

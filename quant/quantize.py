@@ -76,7 +76,7 @@ class QuantizeConfig:
     granularity: str = "group"  # of rtn: the others choose the scales of every group
     alpha: float | None = None  # of awq and smoothquant: None searches it for awq, and is 0.5 for smoothquant
     sequential: bool = True
-    asymmetric: bool = False
+    asymmetric: bool = True
     pure: bool = False
     tensors: tuple[tuple[str, str], ...] = ()
     embedding_type: str | None = None
