@@ -53,7 +53,8 @@ def render(told: Mapping[str, Any]) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     tensors, colours = told["tensors"], _format_colours(told["formats"])
     # The embedding is rounded so finely that the layers would all look alike beside it.
-    errors = [tensor["error"] for tensor in tensors if tensor.get("error") and tensor["layer"] is not None]
+    inside = [tensor for tensor in tensors if tensor["layer"] is not None]
+    errors = [tensor["output_error"] for tensor in inside if tensor.get("output_error")]
     low, high = min(errors, default=0.0), max(errors, default=0.0)
     cells = [tensor | _cell(tensor, colours, low, high) for tensor in tensors]
     return template.render(
@@ -62,7 +63,7 @@ def render(told: Mapping[str, Any]) -> str:
         command=command(told["config"], calibrated=told["calibration_tokens"] is not None),
         colours=colours,
         map=_map(cells),
-        outside=[cell for cell in cells if cell["layer"] is None and "error" in cell],
+        outside=[cell for cell in cells if cell["layer"] is None and "output_error" in cell],
         rows=cells,
         low=low,
         high=high,
@@ -121,11 +122,12 @@ def _format_colours(formats: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _cell(tensor: Mapping[str, Any], colours: Mapping[str, str], low: float, high: float) -> dict[str, Any]:
     """What the pictures show of a tensor."""
-    error, parts = tensor.get("error"), [f"{tensor['format']}, {tensor['bits_per_weight']:.3g} bits a weight"]
+    error, parts = tensor.get("output_error"), [f"{tensor['format']}, {tensor['bits_per_weight']:.3g} bits a weight"]
     if error is not None:
         parts.append(f"error {percent(error)}")
     if tensor.get("method"):
         parts.append(str(tensor["method"]))
+    tried = tensor.get("held_out_error", {})
     level = 0
     if error and high > low:
         place = math.log(error / low) / math.log(high / low)
@@ -134,13 +136,16 @@ def _cell(tensor: Mapping[str, Any], colours: Mapping[str, str], low: float, hig
         "title": f"{tensor['name']}: {', '.join(parts)}",
         "colour": colours[tensor["format"]],
         "level": f"h{level}",
+        "not_kept": {
+            how: other for how, other in tensor.get("held_out_error", {}).items() if how != tensor.get("method")
+        },
         "bar": round(100 * min(error / high, 1), 1) if error and high else 0,
     }
 
 
 def _map(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The quantized matrices by role and layer, None where a layer has none, and how much text fits."""
-    inside = [cell for cell in cells if cell["layer"] is not None and "error" in cell]
+    inside = [cell for cell in cells if cell["layer"] is not None and "output_error" in cell]
     layers = 1 + max((cell["layer"] for cell in inside), default=-1)
     roles: dict[str, list[Mapping[str, Any] | None]] = {}
     for cell in inside:

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 def tensor(name: str, layer: int | None, error: float | None, **more: Any) -> dict[str, Any]:
     told = {"name": name, "layer": layer, "role": name.split(".")[2] if layer is not None else name, "shape": [64, 64]}
     told |= {"format": "Q4_0", "weights": 4096, "bytes": 2304, "bits_per_weight": 4.5, **more}
-    return told if error is None else told | {"error": error, "weighted": True}
+    return told if error is None else {"error": error, "output_error": error, "weighted": True} | told
 
 
 def facts(*tensors: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -100,11 +100,14 @@ def test_the_page_needs_nothing_from_outside() -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_held_out_errors_are_shown_where_they_are_known() -> None:
-    told = tensor("blk.0.attn_q.weight", 0, 0.1, method="feedback", held_out_error={"feedback": 0.11, "plain": 0.2})
+def test_both_ways_are_shown_where_they_were_tried() -> None:
+    tried = {"method": "gptq", "held_out_error": {"gptq": 0.11, "imatrix": 0.2}, "output_error": 0.11}
+    told = tensor("blk.0.attn_q.weight", 0, 0.5, **tried)
     page = Page(render(facts(told, tensor("blk.1.attn_q.weight", 1, 0.2))))
-    assert "feedback 11 %, plain 20 %" in page.text
-    assert "held-out" not in Page(render(facts(tensor("blk.0.attn_q.weight", 0, 0.1)))).text
+    assert "imatrix 20 %" in page.text
+    assert "blk.0.attn_q.weight: Q4_0, 4.5 bits a weight, error 11 %, gptq" in page.cells()
+    assert "held out" in page.text
+    assert "held out" not in Page(render(facts(tensor("blk.0.attn_q.weight", 0, 0.1)))).text
 
 
 @pytest.mark.parametrize("errors", [(None,), (0.0,), (0.0, 0.5), (0.5, 0.5)])

@@ -64,6 +64,9 @@ def test_what_quantize_tells_beside_is_kept() -> None:
     told = report_of(manifest)
     assert told["alpha"] == 0.5
     assert told["tensors"][0]["method"] == "feedback"
+    assert told["tensors"][0]["output_error"] == 0.1
+    row["held_out_error"] = {"feedback": 0.02, "plain": 0.05}
+    assert report_of(manifest)["tensors"][0]["output_error"] == 0.02
 
 
 def test_fallbacks_are_grouped() -> None:
