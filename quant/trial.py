@@ -22,6 +22,7 @@ from rondel.quant.rounding import Encoder
 from rondel.quant.workers import Workers
 
 ROWS_MEASURED = 512  # of a matrix, evenly spread: a choice needs no more
+SWEEPS = 1  # of coordinate descent: more take a few per cent off every candidate's error alike
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trial:
     ) -> torch.Tensor:
         format = rounding.formats[name]
         if rounding.feedback and self.moment.dim() == 2 and feeds_back(format):
-            packed = feed_back(scaled, self._factor_for(scale), format, workers)
+            packed = feed_back(scaled, self._factor_for(scale), format, workers, sweeps=SWEEPS)
         else:
             means = (self.means / scale.square()).numpy() if rounding.weighted else None
             packed = rounding.encoder_of(scaled)(format, scaled.numpy(), means, threads=workers.threads)
