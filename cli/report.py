@@ -136,9 +136,7 @@ def _cell(tensor: Mapping[str, Any], colours: Mapping[str, str], low: float, hig
         "title": f"{tensor['name']}: {', '.join(parts)}",
         "colour": colours[tensor["format"]],
         "level": f"h{level}",
-        "not_kept": {
-            how: other for how, other in tensor.get("held_out_error", {}).items() if how != tensor.get("method")
-        },
+        "not_kept": {how: other for how, other in tried.items() if how != tensor.get("method")},
         "bar": round(100 * min(error / high, 1), 1) if error and high else 0,
     }
 
