@@ -51,7 +51,9 @@ def factorize(moments: torch.Tensor, *, device: str = "cpu") -> Factor:
         added = damping
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed.item():
-            upper = _inverse(lower).flip(0, 1)
+            _invert(lower)
+            upper = lower.to("cpu", torch.float32).flip(0, 1)
+            del lower
             if bool(torch.isfinite(upper).all()):
                 return Factor(turned.to("cpu", torch.float32).flip(0, 1), upper)
         damping *= DAMPING_STEP
@@ -69,15 +71,16 @@ def _turn_round(matrix: torch.Tensor) -> None:
         back.copy_(kept)
 
 
-def _inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix, float32 on the processor; some columns at a time."""
-    inverse = torch.zeros(lower.shape)
-    for first in range(0, len(lower), COLUMNS):
-        width = min(COLUMNS, len(lower) - first)
-        unit = torch.eye(len(lower) - first, width, dtype=lower.dtype, device=lower.device)
-        columns = torch.linalg.solve_triangular(lower[first:, first:], unit, upper=False)
-        inverse[first:, first : first + width] = columns.to("cpu", torch.float32)
-    return inverse
+def _invert(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, some columns at a time from the last to the first."""
+    size = len(lower)
+    for first in reversed(range(0, size, COLUMNS)):
+        last = min(first + COLUMNS, size)
+        here, below = slice(first, last), slice(last, size)
+        unit = torch.eye(last - first, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[here, here], unit, upper=False)
+        lower[below, here] = -(lower[below, below] @ lower[below, here] @ corner)
+        lower[here, here] = corner
 
 
 def drawn_target(weights: torch.Tensor, factor: Factor, drift: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,30 @@ def test_the_factor_is_that_of_the_damped_inverse(columns: int, monkeypatch: pyt
     assert torch.equal(factor.upper, factor.upper.triu())
     product = damped @ factor.upper.double().T @ factor.upper.double()
     assert (product - torch.eye(96)).abs().max() < ROUNDED * 100
+
+
+PEAK = """
+import resource, torch
+from rondel.quant.feedback import factorize
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(1)
+factorize(2 * torch.eye(256, dtype=torch.float64))
+before, columns = peak(), 3072
+factorize(2 * torch.eye(columns, dtype=torch.float64))
+print((peak() - before) / (8 * columns**2))
+"""
+# The moments, their factor that becomes its inverse, both in float32 and turned one after the other, and what LAPACK
+# takes. A copy more of any of them breaks it.
+MATRICES = 4.0
+
+
+def test_a_large_moment_is_factored_in_place() -> None:
+    """What decides the memory of the whole stage: each copy of the largest second moment outweighs a block."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < MATRICES
 
 
 @pytest.mark.parametrize(
