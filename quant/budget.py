@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
 from rondel.native.formats import format_bytes
 from rondel.quant.allocation import Option, allocate
-from rondel.quant.candidates import Cost, candidates, column_weights, measure, uses_of
-from rondel.quant.importance import Importance, Means
+from rondel.quant.candidates import Cost, candidates, column_weights, feedback_share, measure, uses_of
+from rondel.quant.importance import Importance, Means, site_of
+from rondel.quant.methods import Method
 from rondel.quant.mixtures import (
     MIXTURES,
     Choice,
@@ -38,8 +39,9 @@ from rondel.quant.sensitivity import Sensitivity, measure_sensitivity
 from rondel.quant.workers import Workers
 
 FLOAT_BYTES = 4  # norms, biases and RoPE factors stay F32
-# Formats below this share of the mean bits are not tried: no tensor is that unimportant, and the IQ1 types are slow.
-LEAST_SHARE = 0.5
+# Formats below this share of the mean bits are not tried: the IQ1 types encode slowly. Up to four bits they are worth
+# it: the best allocation at 3.1 bits gives the weakest matrices half of that, without IQ1 it is 5 % worse (prose-7m).
+LEAST_SHARE = 0.35
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -145,7 +147,7 @@ class Spending:
     policy: Policy  # its overrides hold; its mixture is not asked
     record: Mapping[str, Any]  # of the stage, for the size of the header
     means: Callable[[str], Means | None]  # how much each matrix's columns count when it is rounded
-    weighted: bool  # whether they count at all: the method
+    method: Method
 
 
 def _planned(wanted: Spending, formats: Mapping[str, str]) -> Checkpoint:
@@ -227,7 +229,7 @@ def spread(
     windows = wanted.stats.windows()
     assert windows is not None, "statistics without text were refused"
     sensitivity = measure_sensitivity(source, windows, folder, threads=threads, device=device, progress=progress)
-    costs, embedding = _costs(wanted, tried, sensitivity, threads, progress)
+    costs, embedding = _costs(wanted, tried, sensitivity, threads=threads, device=device, progress=progress)
     chosen = _allocated(account, costs, allowed)
     kept = {name: costs[name][format] for name, format in chosen.items()}
     told = {
@@ -265,21 +267,42 @@ def _costs(
     wanted: Spending,
     tried: Mapping[str, tuple[str, ...]],
     sensitivity: Sensitivity,
+    *,
     threads: int | None,
+    device: str,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Cost]], Means | None]:
     """What every format tried costs every matrix, and the importance of the embedding's columns."""
     costs: dict[str, dict[str, Cost]] = {}
     embedding = None
+    shares = _Shares(wanted, device) if wanted.method.feeds_back else None
     with Workers(threads) as workers:
         for done, (name, formats) in enumerate(tried.items()):
             progress(done, len(tried), "candidates")
             uses = uses_of(wanted.source, wanted.stats, sensitivity, name)
             importance = wanted.means(name)
-            if name == EMBEDDING and OUTPUT not in wanted.source and wanted.weighted:
+            if name == EMBEDDING and OUTPUT not in wanted.source and wanted.method.weighted:
                 importance = embedding = column_weights(uses)
-            costs[name] = measure(name, wanted.source.read(name), formats, uses, importance=importance, workers=workers)
+            found = measure(name, wanted.source.read(name), formats, uses, importance=importance, workers=workers)
+            share = shares.of(name) if shares else 1.0
+            costs[name] = {format: replace(cost, nats=share * cost.nats) for format, cost in found.items()}
     return costs, embedding
+
+
+class _Shares:
+    """What error feedback leaves of the costs at each site: matrices that read one site follow each other."""
+
+    def __init__(self, wanted: Spending, device: str) -> None:
+        self._wanted, self._device = wanted, device
+        self._known: dict[tuple[int | None, str | None], float] = {}
+
+    def of(self, name: str) -> float:
+        """The share of one matrix, factored once a site."""
+        source = self._wanted.source
+        place = site_of(source, name)
+        if place not in self._known:
+            self._known[place] = feedback_share(source, self._wanted.stats, name, self._device)
+        return self._known[place]
 
 
 def choices_of(allocated: Allocated) -> dict[str, Choice]:

@@ -338,7 +338,7 @@ def _allocation(task: _Task) -> Spending:
     assert task.importance is not None
     assert task.importance.stats is not None
     stats, record = task.importance.stats, {"name": "quantize", "config": asdict(task.config)}
-    return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method.weighted)
+    return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method)
 
 
 def _with_formats(task: _Task, allocated: Allocated) -> _Task:

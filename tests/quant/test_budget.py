@@ -18,6 +18,7 @@ from rondel.native.formats import format_bytes
 from rondel.quant import budget as module
 from rondel.quant.calibrate import CalibrateConfig, calibrate
 from rondel.quant.calibration_text import CalibrationText
+from rondel.quant.candidates import feedback_share
 from rondel.quant.importance import open_imatrix
 from rondel.quant.quantize import QuantizeConfig, plan, quantize
 from tests.tiny import tiny_model
@@ -101,6 +102,20 @@ def test_more_bits_are_expected_to_lose_less(wide: tuple[Checkpoint, Stats]) -> 
     losses = [planned["budget"]["expected_kl"] for planned in plans]
     assert losses == sorted(losses, reverse=True)
     assert {line["format"] for line in plans[-1]["tensors"]} == {"F16", "F32"}
+
+
+def test_feedback_counts_where_inputs_are_alike(wide: tuple[Checkpoint, Stats], tmp_path: Path) -> None:
+    """Matrices of one site share what feedback leaves of their costs; the file is as large as planned."""
+    source, stats = wide
+    plain, fed = (plan(source, QuantizeConfig(bpw=4.0, method=method), stats) for method in ("imatrix", "gptq"))
+    assert fed["budget"]["expected_kl"] < plain["budget"]["expected_kl"]
+    shares = {name: feedback_share(source, stats, f"blk.0.{name}.weight") for name in ("attn_q", "attn_v", "ffn_down")}
+    assert shares["attn_q"] == shares["attn_v"] != shares["ffn_down"]
+    assert all(0 < share < 1 for share in shares.values())
+    assert feedback_share(source, stats, "token_embd.weight") == 1
+    checkpoint = quantize(source, tmp_path / "out", QuantizeConfig(bpw=4.0), stats)
+    (file,) = export(checkpoint, tmp_path / "model.gguf", ExportConfig())
+    assert file.stat().st_size == fed["budget"]["file_bytes"]
 
 
 def test_narrow_rows(narrow: tuple[Checkpoint, Stats], tmp_path: Path) -> None:
