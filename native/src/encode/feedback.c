@@ -2,13 +2,18 @@
  *
  * With H^-1 = U^T U, U upper triangular, rounding column j to q_j leaves e_j = (w_j - q_j) / U_jj; taking e_j U_jk from
  * every later column k keeps the output error at sum e_j^2, the least that is left to have (Frantar et al. 2023, GPTQ;
- * Chee et al. 2023, QuIP: LDLQ). Scales are searched on the given weights first and stay; only codes react. They take no
- * gain (search.h): later columns take out the bias that it is for. */
+ * Chee et al. 2023, QuIP: LDLQ). Scales are searched on the given weights first, without the gain of search.h: later
+ * columns take out the bias that it is for. But columns that take errors of others spread wider than the weights did, and
+ * levels must reach them: every row then tries wider scales, each with its feedback, and keeps those that cost least. */
 #include "encode.h"
 #include "error.h"
 #include "rondel.h"
 
 #include <math.h>
+#include <stdlib.h>
+
+#define WIDENINGS 5     /* trials of wider scales; one more finds less than 1 % */
+#define FIRST_STEP 1.22f /* the factor of the first */
 
 EXPORT int32_t rondel_format_feeds_back(const char *format) {
     int index = format_find(format);
@@ -35,6 +40,64 @@ static int check_errors(const struct feedback_task *task) {
     return 0;
 }
 
+static int round_codes(const struct feedback_task *task) {
+    if (encoder_of(task->format) == encode_codebooks) return feed_back_codebooks(task);
+    feed_back_levels(task);
+    return 0;
+}
+
+static double cost_of(const struct feedback_task *task, int64_t row) {
+    double cost = 0;
+    for (int j = 0; j < task->block; j++) {
+        double error = task->errors[row * task->block + j];
+        cost += error * error;
+    }
+    return cost;
+}
+
+/* A row's search for the factor of its scales: steps go on while they gain, else they turn round and halve. */
+struct widening {
+    float best, step; /* factors */
+    double cost;
+};
+
+static void widen_row(const float *from, int count, float factor, float *to) {
+    for (int i = 0; i < count; i++) {
+        to[i] = from[i] * factor;
+        if (fabsf(to[i]) > HALF_MAX) to[i] = copysignf(HALF_MAX, to[i]);
+    }
+}
+
+/* Codes and errors under the best scales found for every row, which are those in `packed` times one factor a row. */
+static int round_widening(struct feedback_task *task, const char *format, int count) {
+    int64_t rows = task->rows;
+    struct widening *search = malloc((size_t)rows * sizeof *search);
+    float *scales = malloc((size_t)rows * (size_t)count * 2 * sizeof *scales), *trial = scales + rows * count;
+    int code = search && scales ? 0 : set_error("no memory for the scales of %lld rows", (long long)rows);
+    if (!code) code = rondel_read_scales(format, task->packed, rows, task->block, scales);
+    for (int pass = 0; pass <= WIDENINGS + 1 && !code; pass++) {
+        for (int64_t row = 0; row < rows && pass > 0; row++)
+            widen_row(scales + row * count, count, search[row].best * (pass <= WIDENINGS ? search[row].step : 1),
+                      trial + row * count);
+        if (pass > 0) code = rondel_write_scales(format, trial, rows, task->block, task->packed);
+        task->quick = pass <= WIDENINGS;
+        if (!code) code = round_codes(task);
+        for (int64_t row = 0; row < rows && !code && pass <= WIDENINGS; row++) {
+            struct widening *of = &search[row];
+            double cost = cost_of(task, row);
+            if (pass == 0)
+                *of = (struct widening){1, FIRST_STEP, cost};
+            else if (cost < of->cost)
+                of->best *= of->step, of->cost = cost;
+            else
+                of->step = 1 / sqrtf(of->step);
+        }
+    }
+    free(search);
+    free(scales);
+    return code;
+}
+
 EXPORT int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
                                       int64_t rows, int64_t block, int32_t keep_scales, void *packed, float *errors) {
     struct encode_task task = {format_find(format), weights, NULL, rows, block, packed, 1};
@@ -51,11 +114,8 @@ EXPORT int32_t rondel_encode_feedback(const char *format, const float *weights, 
         task.importance = prepared;
         encoder_of(task.format)(&task, 0, rows);
     }
-    struct feedback_task feedback = {task.format, weights, upper, rows, columns, packed, errors};
-    if (encoder_of(task.format) == encode_codebooks) {
-        if (feed_back_codebooks(&feedback)) return -1;
-    } else {
-        feed_back_levels(&feedback);
-    }
+    struct feedback_task feedback = {task.format, weights, upper, rows, columns, packed, errors, 0};
+    int count = rondel_format_scales(format);
+    if (keep_scales || count == 0 ? round_codes(&feedback) : round_widening(&feedback, format, count)) return -1;
     return check_errors(&feedback);
 }
