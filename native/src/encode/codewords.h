@@ -20,14 +20,16 @@ struct workspace {
     vec levels[2048 / LANES * 8]; /* [codeword / 8][weight of the codeword] */
     vec cost[2048 / LANES];
     float ratio[COLUMNS][8];      /* U_ij / U_jj, i of the same eight columns as j: [j][i % 8] */
+    float basis[COLUMNS][8];      /* IQ1: what level 1 of a column takes from the errors of its eight, scale 1 */
+    vec square[COLUMNS / 8][2048 / LANES]; /* IQ1: what the codewords of eight columns alone would cost, scale 1 */
     float left[COLUMNS], errors[COLUMNS];
     struct codewords codes;
 };
 
 /* The columns of one codeword: e_j = target_j - gain_j level_j - sum over i < j of e_i ratio[j][i]. */
 struct group {
-    int width;
-    float target[8], gain[8], ratio[8][8];
+    int width, unit;
+    float scale, target[8], gain[8], ratio[8][8];
 };
 
 struct found {
@@ -43,6 +45,12 @@ static void load_levels(const struct book *book, struct workspace *work) {
             work->levels[c / LANES * book->width + j][c % LANES] = book->levels[book->words[c] >> bits * j & ((1 << bits) - 1)];
 }
 
+INLINE int any_set(mask m) {
+    typedef int64_t quads __attribute__((vector_size(32)));
+    quads q = (quads)m;
+    return (q[0] | q[1] | q[2] | q[3]) != 0;
+}
+
 INLINE float level_at(const struct workspace *work, int width, int index, int j) {
     return work->levels[index / LANES * width + j][index % LANES];
 }
@@ -50,7 +58,6 @@ INLINE float level_at(const struct workspace *work, int width, int index, int j)
 /* What every codeword costs with signs chosen in turn; where their parity is odd and must not be, one more sign is wrong. */
 INLINE void score_codewords(const struct book book, const struct group *group, int parity, struct workspace *work) {
     const mask sign = (mask)splat(-0.0f);
-    int with_signs = book.beside == EVEN_SIGNS || book.beside == FREE_SIGNS;
     mask wanted = (mask)splat(parity == 1 ? -0.0f : 0.0f);
     for (int c = 0; c < book.entries / LANES; c++) {
         const vec *level = work->levels + c * book.width;
@@ -58,14 +65,12 @@ INLINE void score_codewords(const struct book book, const struct group *group, i
         mask minus = (mask)splat(0);
 #pragma GCC unroll 8
         for (int j = 0; j < book.width; j++) {
-            vec rest = splat(group->target[j]), step = level[j] * group->gain[j];
+            vec rest = splat(group->target[j]), step = magnitude(level[j] * group->gain[j]);
 #pragma GCC unroll 8
             for (int i = 0; i < j; i++) rest -= error[i] * group->ratio[j][i];
-            if (with_signs) {
-                flip = lesser(flip, magnitude(rest) * magnitude(step));
-                minus ^= (mask)rest ^ (mask)step;
-                step = (vec)(((mask)step & ~sign) | ((mask)rest & sign));
-            }
+            flip = lesser(flip, magnitude(rest) * step);
+            minus ^= (mask)rest;
+            step = (vec)((mask)step | ((mask)rest & sign));
             error[j] = rest - step;
             cost += error[j] * error[j];
         }
@@ -74,18 +79,48 @@ INLINE void score_codewords(const struct book book, const struct group *group, i
     }
 }
 
+/* The same for IQ1, whose codewords have no signs: errors are linear in the levels, so costs are quadratic. */
+INLINE float score_shifted(const struct book book, const struct group *group, struct workspace *work) {
+    float error[8], cost = 0, square = group->scale * group->scale;
+    vec pull[8];
+    for (int j = 0; j < 8; j++) {
+        error[j] = group->target[j];
+        for (int i = 0; i < j; i++) error[j] -= error[i] * group->ratio[j][i];
+        cost += error[j] * error[j];
+    }
+    for (int k = 0; k < 8; k++) {
+        float sum = 0;
+        for (int j = k; j < 8; j++) sum += error[j] * work->basis[8 * group->unit + k][j];
+        pull[k] = splat(2 * group->scale * sum);
+    }
+    for (int c = 0; c < book.entries / LANES; c++) {
+        const vec *level = work->levels + c * 8;
+        vec a = pull[0] * level[0], b = pull[1] * level[1];
+#pragma GCC unroll 8
+        for (int k = 2; k < 8; k += 2) {
+            a += pull[k] * level[k];
+            b += pull[k + 1] * level[k + 1];
+        }
+        work->cost[c] = square * work->square[group->unit][c] - (a + b);
+    }
+    return cost;
+}
+
 /* The `most` codewords with the least cost, in rising order; returns how many there are. */
-static int cheapest(const struct workspace *work, int entries, int most, int *index) {
+INLINE int cheapest(const struct workspace *work, int entries, int most, int *index) {
     float cost[CANDIDATES], bar = INFINITY;
     int count = 0;
-    for (int c = 0; c < entries; c++) {
-        float here = work->cost[c / LANES][c % LANES];
-        if (!(here < bar)) continue;
-        int at = count < most ? count++ : most - 1;
-        for (; at > 0 && cost[at - 1] > here; at--) cost[at] = cost[at - 1], index[at] = index[at - 1];
-        cost[at] = here;
-        index[at] = c;
-        if (count == most) bar = cost[most - 1];
+    for (int c = 0; c < entries / LANES; c++) {
+        if (!any_set(work->cost[c] < bar)) continue;
+        for (int l = 0; l < LANES; l++) {
+            float here = work->cost[c][l];
+            if (!(here < bar)) continue;
+            int at = count < most ? count++ : most - 1;
+            for (; at > 0 && cost[at - 1] > here; at--) cost[at] = cost[at - 1], index[at] = index[at - 1];
+            cost[at] = here;
+            index[at] = c * LANES + l;
+            if (count == most) bar = cost[most - 1];
+        }
     }
     return count;
 }
@@ -122,12 +157,14 @@ static void descend(struct walk *walk, int j, float cost, unsigned signs) {
 INLINE void find_codeword(const struct book book, struct workspace *work, const struct group *group, int parity,
                           struct found *to) {
     int index[CANDIDATES];
-    score_codewords(book, group, parity, work);
     if (book.beside == SHIFT_OF_8 || book.beside == SHIFT_OF_32) {
-        if (cheapest(work, book.entries, 1, index) && work->cost[index[0] / LANES][index[0] % LANES] < to->cost)
-            *to = (struct found){work->cost[index[0] / LANES][index[0] % LANES], index[0], 0};
+        float cost = score_shifted(book, group, work);
+        if (!cheapest(work, book.entries, 1, index)) return;
+        cost += work->cost[index[0] / LANES][index[0] % LANES];
+        if (cost < to->cost) *to = (struct found){cost, index[0], 0};
         return;
     }
+    score_codewords(book, group, parity, work);
     int count = cheapest(work, book.entries, CANDIDATES, index);
     struct walk walk = {.group = group, .best = to->cost, .parity = parity};
     for (int k = 0; k < count; k++) {
@@ -143,6 +180,8 @@ INLINE void load_group(const struct workspace *work, const float *upper, int fir
                        const float *error, struct group *to) {
     int inside = first % 8;
     to->width = width;
+    to->unit = first / 8;
+    to->scale = t;
     for (int j = 0; j < width; j++) {
         int column = first + j;
         float over = upper[column * COLUMNS + column];
@@ -203,10 +242,28 @@ INLINE float round_unit(const struct book book, struct workspace *work, const fl
     return best.cost;
 }
 
-/* The sizes of the factor's columns within their eight, for load_group. */
-INLINE void load_ratios(struct workspace *work, const float *upper) {
+/* What the factor means for every eight columns: ratios for load_group, and for IQ1 what codewords cost. */
+INLINE void load_factor(const struct book *book, struct workspace *work, const float *upper) {
     for (int j = 0; j < COLUMNS; j++)
         for (int i = j / 8 * 8; i < j; i++) work->ratio[j][i % 8] = upper[i * COLUMNS + j] / upper[j * COLUMNS + j];
+    if (book->beside != SHIFT_OF_8 && book->beside != SHIFT_OF_32) return;
+    for (int k = 0; k < COLUMNS; k++)
+        for (int j = 0; j < 8; j++) {
+            int column = k / 8 * 8 + j;
+            float sum = column == k ? 1 / upper[k * COLUMNS + k] : 0;
+            for (int i = k % 8; i < j; i++) sum -= work->basis[k][i] * work->ratio[column][i];
+            work->basis[k][j] = sum;
+        }
+    for (int u = 0; u < COLUMNS / 8; u++)
+        for (int c = 0; c < book->entries / LANES; c++) {
+            vec total = splat(0);
+            for (int j = 0; j < 8; j++) {
+                vec error = splat(0);
+                for (int k = 0; k <= j; k++) error += work->levels[c * 8 + k] * work->basis[8 * u + k][j];
+                total += error * error;
+            }
+            work->square[u][c] = total;
+        }
 }
 
 #endif

@@ -53,7 +53,6 @@ struct feedback_task {
     int block;
     uint8_t *packed;      /* scales are read, codes written */
     float *errors;        /* (rows, block) */
-    int quick;            /* for a trial: fewer candidates */
 };
 #define MOST_FEEDBACK 256 /* columns of the largest block */
 /* One block of columns that is rounded already, and whose codes and scales are moved for the better. */

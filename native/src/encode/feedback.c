@@ -69,7 +69,7 @@ static void widen_row(const float *from, int count, float factor, float *to) {
 }
 
 /* Codes and errors under the best scales found for every row, which are those in `packed` times one factor a row. */
-static int round_widening(struct feedback_task *task, const char *format, int count) {
+static int round_widening(const struct feedback_task *task, const char *format, int count) {
     int64_t rows = task->rows;
     struct widening *search = malloc((size_t)rows * sizeof *search);
     float *scales = malloc((size_t)rows * (size_t)count * 2 * sizeof *scales), *trial = scales + rows * count;
@@ -80,7 +80,6 @@ static int round_widening(struct feedback_task *task, const char *format, int co
             widen_row(scales + row * count, count, search[row].best * (pass <= WIDENINGS ? search[row].step : 1),
                       trial + row * count);
         if (pass > 0) code = rondel_write_scales(format, trial, rows, task->block, task->packed);
-        task->quick = pass <= WIDENINGS;
         if (!code) code = round_codes(task);
         for (int64_t row = 0; row < rows && !code && pass <= WIDENINGS; row++) {
             struct widening *of = &search[row];
@@ -114,7 +113,7 @@ EXPORT int32_t rondel_encode_feedback(const char *format, const float *weights, 
         task.importance = prepared;
         encoder_of(task.format)(&task, 0, rows);
     }
-    struct feedback_task feedback = {task.format, weights, upper, rows, columns, packed, errors, 0};
+    struct feedback_task feedback = {task.format, weights, upper, rows, columns, packed, errors};
     int count = rondel_format_scales(format);
     if (keep_scales || count == 0 ? round_codes(&feedback) : round_widening(&feedback, format, count)) return -1;
     return check_errors(&feedback);

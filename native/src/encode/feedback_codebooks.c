@@ -52,7 +52,7 @@ INLINE void round_rows(const struct feedback_task *task, struct workspace *work,
                        void (*unpack)(const void *, struct unpacked_256 *), void (*pack)(const struct codewords *, uint8_t *)) {
     uint8_t *block = task->packed;
     load_levels(&book, work);
-    load_ratios(work, task->upper);
+    load_factor(&book, work, task->upper);
     for (int64_t row = 0; row < task->rows; row++, block += format_table[task->format].bytes) {
         struct unpacked_256 old;
         float t[16];

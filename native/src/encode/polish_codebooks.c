@@ -38,7 +38,7 @@ static int factor_eight(const float *moments, int first, float *upper) {
 
 static void load_polishing(const struct book *book, struct polishing *to) {
     load_levels(book, &to->work);
-    load_ratios(&to->work, to->upper);
+    load_factor(book, &to->work, to->upper);
     for (int c = 0; c < book->entries; c++) to->index_of[book->words[c]] = (uint16_t)c;
 }
 
