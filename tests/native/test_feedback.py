@@ -187,3 +187,20 @@ def test_scales_that_no_half_holds_are_refused() -> None:
         with_scales("Q4_K", packed, found)
     with pytest.raises(NativeError, match="F32 has no half-precision scales"):
         scales("F32", np.zeros((2, 4), np.float32), 2, 4)
+
+
+# Feedback under scales of the plain search, against rows that chose theirs with feedback, on inputs that share a few
+# directions. Measured: 0.10 (Q4_K) to 0.44 (Q4_0) of the error.
+WIDER = 0.6
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q4_0", "IQ2_XXS", "IQ1_S", "U2-128"])
+def test_scales_are_chosen_with_feedback(name: str) -> None:
+    block, r = block_of(name), random(2)
+    inputs = r.standard_normal((512, 8)) @ r.standard_normal((8, block)) + 0.1 * r.standard_normal((512, block))
+    moment = inputs.T @ inputs / 512 + 1e-3 * np.eye(block)
+    weights, upper = some_weights(block), factor(moment)
+    _, decoded, _ = fed_back(name, weights, upper)
+    kept, _ = reencode_feedback(name, encode(name, weights, 1 / np.diag(upper) ** 2), weights, upper)
+    narrow = output_error(weights, decode(name, kept, *weights.shape), moment)
+    assert output_error(weights, decoded, moment) < WIDER * narrow
