@@ -1,107 +1,53 @@
 /* IQ1, IQ2 and IQ3: eight (or four) weights are one codeword of a codebook, with signs beside it (IQ2, IQ3) or a shift
  * of all weights by an eighth (IQ1); sub-blocks of 16 or 32 have odd whole scales 2 s + 1 under the half d of 256.
  *
- * Choice: curve.h gives the exact best codes of every unit of eight weights at every scale, so a sub-block's best scale
- * follows without a search, and what any d and s would leave is one look-up. d comes from a grid of stored halves and is
- * refitted in closed form. Codes are then rounded against the choice, and d takes the gain that search.h explains. */
-#include "books.h"
-#include "encode.h"
-
-#include <math.h>
-
-#include "curve.h"
+ * Choice: the nearest codewords of every sub-block at a few scales around the usual one (codebook_search.h) say by how much
+ * any scale would lower its error, so d and all s follow from look-ups: d from a grid of stored halves, refitted in closed
+ * form. Then codes are searched at the chosen scale, d is refitted to them, and takes the gain that search.h explains. */
+#include "codebook_search.h"
 #include "search.h"
 
 #define COLUMNS 256
 #define UNITS 32
+#define SUBS 16  /* sub-blocks, at most */
 #define GRID 28  /* candidates of d */
 #define ROUNDS 3 /* of refit */
 #define LEAST_WEIGHT 9.0e-13f /* 2^-40: below it every weight is nearer to zero than to the smallest scale */
 
-/* What one call works in: the codebook with codewords across lanes, and the sums a, b of every codeword. */
-struct workspace {
-    vec levels[2048 / LANES * 8]; /* [codeword / 8][weight of the codeword] */
-    float typical;                /* root mean square of the levels */
-    vec a[2048 / LANES], b[2048 / LANES], shifted_a[2048 / LANES], shifted_b[2048 / LANES];
-    struct points points;
-    struct piece units[2][UNITS * UNIT_PIECES], sums[2][UNITS * UNIT_PIECES]; /* [1]: IQ1_S with the shift down */
+/* The scales at which a sub-block is searched, in root mean squares of its weights over that of the levels: around the
+ * usual best ones. Last comes the best scale for the codes found so far. */
+#define SAMPLES 4
+static const float three_levels[] = {0.9f, 1.3f}, eight_levels[] = {0.95f, 1.25f, 1.6f};
+
+/* of the largest; a sub-block of smaller weights gets the smallest scale anyhow */
+#define SMALLEST 0.025f
+
+/* Eight weights: their sums by half codewords, and the best codewords at the scale searched last. */
+struct unit {
+    struct half halves[2][2]; /* IQ1: [shift down][half]; IQ2: [0][half]; IQ3: [codeword][half] */
+    struct pair best[2][2];   /* IQ1: [shift down][0]; IQ2: [0][0]; IQ3: [codeword][one sign is wrong] */
+    int odd;                  /* EVEN_SIGNS: one weight has to take the wrong sign */
 };
 
-/* The envelopes of a superblock: of unit u (first u of it), and of sub-block s (from its first unit on). */
-struct curves {
-    const struct piece *unit[2][UNITS], *sub[2][UNITS];
-    int unit_count[2][UNITS], sub_count[2][UNITS], variants;
-    float wish[UNITS]; /* the best scale of a sub-block, free of the others */
+/* Codes of eight weights at one scale. */
+struct codes {
+    float a, b, height;
+    uint16_t index[2];
+    uint8_t down, second; /* the shift of IQ1; the wrong sign is in the second codeword */
+};
+
+/* Sub-blocks of a superblock, one a lane: sums of a and b at every sampled scale, for both shifts of IQ1_S. */
+struct samples {
+    vec a[2 * SAMPLES][SUBS / LANES], b[2 * SAMPLES][SUBS / LANES];
+    int count;
+    vec wish[SUBS / LANES]; /* the best scale, free of the other sub-blocks */
 };
 
 struct choice {
     float d; /* as it is stored, times the fraction, for the weights as they are scaled here */
-    uint8_t scale[16], variant[16];
-    double lowered;
+    vec scale[SUBS / LANES];
+    double lowered, above, below; /* of the error; the best d for these codes is above / below */
 };
-
-static void load_levels(const struct book *book, struct workspace *work) {
-    int bits = 16 / book->width;
-    float squares = 0;
-    for (int c = 0; c < book->entries; c++)
-        for (int j = 0; j < book->width; j++) {
-            float level = book->levels[book->words[c] >> bits * j & ((1 << bits) - 1)];
-            work->levels[c / LANES * book->width + j][c % LANES] = level;
-            squares += level * level;
-        }
-    work->typical = sqrtf(squares / (float)(book->entries * book->width));
-}
-
-/* a and b of every codeword for magnitudes; with `odd`, one weight has to take the wrong sign: the one that costs least. */
-INLINE void sum_codewords(const struct book book, struct workspace *work, const float *x, const float *w, int odd) {
-    vec weight[8], pull[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        weight[j] = splat(j < book.width ? w[j] : 0);
-        pull[j] = splat(j < book.width ? w[j] * fabsf(x[j]) : 0);
-    }
-    for (int i = 0; i < book.entries / LANES; i++) {
-        const vec *level = work->levels + i * book.width;
-        vec a = splat(0), b = splat(0), least = splat(INFINITY);
-#pragma GCC unroll 8
-        for (int j = 0; j < book.width; j++) {
-            vec product = level[j] * pull[j];
-            a += level[j] * level[j] * weight[j];
-            b += product;
-            if (odd) least = lesser(product, least);
-        }
-        work->a[i] = a;
-        work->b[i] = odd ? b - 2.0f * least : b;
-    }
-}
-
-/* The same for signed weights and both shifts of IQ1: up in a and b, down in shifted_a and shifted_b. */
-INLINE void sum_shifted(const struct book book, struct workspace *work, const float *x, const float *w) {
-    float all_w = 0, all_x = 0;
-    vec weight[8], pull[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        weight[j] = splat(w[j]);
-        pull[j] = splat(w[j] * x[j]);
-        all_w += w[j];
-        all_x += w[j] * x[j];
-    }
-    for (int i = 0; i < book.entries / LANES; i++) {
-        const vec *level = work->levels + i * 8;
-        vec a = splat(all_w), b = splat(0), cross = splat(0);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            vec weighted = level[j] * weight[j];
-            a += weighted * level[j];
-            b += level[j] * pull[j];
-            cross += weighted;
-        }
-        work->a[i] = a + 2.0f * cross;
-        work->b[i] = b + all_x;
-        work->shifted_a[i] = a - 2.0f * cross;
-        work->shifted_b[i] = b - all_x;
-    }
-}
 
 static int minus_signs(const float *x) {
     int signs = 0;
@@ -109,132 +55,150 @@ static int minus_signs(const float *x) {
     return signs;
 }
 
-/* Two codewords of four weights; where one of the eight must take the wrong sign it is in the first or in the second. */
-INLINE int pair_curve(const struct book book, struct workspace *work, const float *x, const float *w, float near, int odd,
-                      struct piece *to) {
-    struct piece half[2][2][UNIT_PIECES], joined[2 * UNIT_PIECES];
-    for (int wrong = 0; wrong <= odd; wrong++)
+INLINE int samples_of(const struct book *book) { return book->width == 8 ? 3 : 4; }
+
+INLINE void load_unit(const struct book *book, const struct dictionary *dictionary, const float *x, const float *w,
+                      struct unit *to) {
+    int odd = book->beside == EVEN_SIGNS && __builtin_popcount((unsigned)minus_signs(x)) % 2, width = book->width;
+    to->odd = odd;
+    for (int k = 0; k < (width == 4 ? 2 : shifts_of(book)); k++)
         for (int h = 0; h < 2; h++) {
-            work->points.count = 0;
-            sum_codewords(book, work, x + 4 * h, w + 4 * h, wrong);
-            add_candidates(work->a, work->b, book.entries, near, 0, &work->points);
-            envelope(&work->points, half[wrong][h]);
+            int from = width == 4 ? 4 * k + 2 * h : 4 * h;
+            if (width == 4)
+                sum_half(book, 2, dictionary, 0, x + from, w + from, odd, &to->halves[k][h]);
+            else
+                sum_half(book, 4, dictionary, k, x + from, w + from, odd, &to->halves[k][h]);
+            to->best[k][h].height = -INFINITY;
         }
-    work->points.count = 0;
-    for (int second = 0; second <= odd; second++) {
-        int count = add_curves((const struct piece *[]){half[odd && !second][0], half[second][1]}, 2, joined);
-        for (int i = 0; i < count; i++)
-            add_point(&work->points, joined[i].a, joined[i].b, joined[i].code | (uint32_t)second << 31);
-    }
-    return envelope(&work->points, to);
 }
 
-/* The envelope of unit u, and of its other variant. Bit 15 of a code: the shift of IQ1 is down. Bit 31: the wrong sign
- * is in the second codeword. */
-INLINE void unit_curves(const struct book book, struct workspace *work, const float *x, const float *w, float near, int u,
-                        struct curves *to) {
-    struct piece *first = work->units[0] + u * UNIT_PIECES, *second = work->units[1] + u * UNIT_PIECES;
-    int odd = book.beside == EVEN_SIGNS && __builtin_popcount((unsigned)minus_signs(x)) % 2;
-    to->unit[0][u] = first;
-    to->unit[1][u] = second;
-    if (book.width == 4) {
-        to->unit_count[0][u] = pair_curve(book, work, x, w, near, odd, first);
-        return;
-    }
-    work->points.count = 0;
-    if (book.beside == SHIFT_OF_8 || book.beside == SHIFT_OF_32)
-        sum_shifted(book, work, x, w);
-    else if (odd)
-        sum_codewords(book, work, x, w, 1);
-    else
-        sum_codewords(book, work, x, w, 0);
-    add_candidates(work->a, work->b, book.entries, near, 0, &work->points);
-    if (book.beside == SHIFT_OF_8)
-        add_candidates(work->shifted_a, work->shifted_b, book.entries, near, 1 << 15, &work->points);
-    to->unit_count[0][u] = envelope(&work->points, first);
-    if (book.beside != SHIFT_OF_32) return;
-    work->points.count = 0;
-    add_candidates(work->shifted_a, work->shifted_b, book.entries, near, 1 << 15, &work->points);
-    to->unit_count[1][u] = envelope(&work->points, second);
+INLINE void add_pair(const struct dictionary *dictionary, const struct half *halves, const struct pair *pair, int at,
+                     struct codes *to) {
+    to->a += pair_a(halves, pair);
+    to->b += pair_b(halves, pair);
+    to->height += pair->height;
+    to->index[at] = dictionary->index[pair->left][pair->right];
 }
 
-/* Choose, first part: all envelopes of a superblock, and the scale that every sub-block would like. */
-INLINE void superblock_curves(const struct book book, struct workspace *work, const float *x, const float *w,
-                              struct curves *to) {
-    int per_sub = book.depth / 8;
-    to->variants = book.beside == SHIFT_OF_32 ? 2 : 1;
-    for (int s = 0; s < UNITS / per_sub; s++) {
-        float squares = 0, weights = 0, best = 0;
-        for (int i = s * book.depth; i < (s + 1) * book.depth; i++) {
+/* The best codes at scale t; IQ1_S asks for one shift, IQ1_M takes the better. */
+INLINE struct codes codes_at(const struct book *book, const struct dictionary *dictionary, struct unit *unit, float t,
+                             int shift) {
+    struct codes codes = {0, 0, 0, {0, 0}, (uint8_t)shift, 0};
+    if (book->width == 4) {
+        for (int c = 0; c < 2; c++) {
+            nearest_pair(book, dictionary, unit->halves[c], 0, t, -INFINITY, &unit->best[c][0]);
+            if (unit->odd) nearest_pair(book, dictionary, unit->halves[c], 1, t, -INFINITY, &unit->best[c][1]);
+        }
+        codes.second = unit->odd && unit->best[0][0].height + unit->best[1][1].height >
+                                        unit->best[0][1].height + unit->best[1][0].height;
+        add_pair(dictionary, unit->halves[0], &unit->best[0][unit->odd && !codes.second], 0, &codes);
+        add_pair(dictionary, unit->halves[1], &unit->best[1][codes.second], 1, &codes);
+        return codes;
+    }
+    for (int k = 0; k < shifts_of(book); k++) {
+        if (book->beside == SHIFT_OF_32 && k != shift) continue;
+        float bar = book->beside == SHIFT_OF_8 && k ? unit->best[0][0].height : -INFINITY;
+        nearest_pair(book, dictionary, unit->halves[k], unit->odd, t, bar, &unit->best[k][0]);
+    }
+    if (book->beside == SHIFT_OF_8) codes.down = unit->best[1][0].height > unit->best[0][0].height;
+    add_pair(dictionary, unit->halves[codes.down], &unit->best[codes.down][0], 0, &codes);
+    return codes;
+}
+
+/* Choose, first part: what the sampled scales leave of every sub-block. */
+INLINE void sample_scales(const struct book *book, const struct dictionary *dictionary, const float *x, const float *w,
+                          struct samples *to) {
+    int subs = COLUMNS / book->depth, per_sub = book->depth / 8;
+    int shifts = book->beside == SHIFT_OF_32 ? 2 : 1;
+    float near[SUBS], largest = 0;
+    memset(to, 0, sizeof *to);
+    int count = samples_of(book);
+    to->count = count * shifts;
+    for (int s = 0; s < subs; s++) {
+        float squares = 0, weights = 0;
+        for (int i = s * book->depth; i < (s + 1) * book->depth; i++) {
             squares += w[i] * x[i] * x[i];
             weights += w[i];
         }
-        float near = sqrtf(squares / weights) / work->typical;
-        for (int u = s * per_sub; u < (s + 1) * per_sub; u++)
-            unit_curves(book, work, x + 8 * u, w + 8 * u, near, u, to);
-        to->wish[s] = 0;
-        for (int v = 0; v < to->variants; v++) {
-            struct piece *sum = work->sums[v] + s * per_sub * UNIT_PIECES;
-            int count = add_curves(to->unit[v] + s * per_sub, per_sub, sum);
-            to->sub[v][s] = sum;
-            to->sub_count[v][s] = count;
-            for (int i = 0; i < count; i++)
-                if (sum[i].b > 0 && sum[i].b * sum[i].b > best * sum[i].a) {
-                    best = sum[i].b * sum[i].b / sum[i].a;
-                    to->wish[s] = sum[i].b / sum[i].a;
-                }
-        }
+        near[s] = sqrtf(squares / weights) / dictionary->typical;
+        largest = fmaxf(largest, near[s]);
     }
-}
-
-/* Choose, second part: the best whole scales under d, and in `above` and `below` the sums that refit it. */
-static void settle(const struct book *book, const struct curves *curves, struct choice *c, double *above, double *below) {
-    c->lowered = *above = *below = 0;
-    for (int s = 0; s < COLUMNS / book->depth; s++) {
-        int wish = (int)fminf(curves->wish[s] / c->d * 0.5f, (float)book->most);
-        float best = -INFINITY, best_a = 0, best_b = 0;
-        for (int k = wish - 1; k <= wish + 1; k++) {
-            if (k < 0 || k > book->most) continue;
-            float t = c->d * (float)(2 * k + 1);
-            for (int v = 0; v < curves->variants; v++) {
-                const struct piece *piece = piece_at(curves->sub[v][s], curves->sub_count[v][s], t);
-                float gained = lowered(piece, t);
-                if (!(gained > best)) continue;
-                best = gained;
-                c->scale[s] = (uint8_t)k;
-                c->variant[s] = (uint8_t)v;
-                best_a = piece->a;
-                best_b = piece->b;
+    const float *given = book->width == 8 ? three_levels : eight_levels;
+    for (int s = 0; s < subs; s++) {
+        struct unit units[4];
+        for (int u = 0; u < per_sub; u++) {
+            int at = s * book->depth + 8 * u;
+            load_unit(book, dictionary, x + at, w + at, &units[u]);
+        }
+        for (int shift = 0; shift < shifts; shift++) {
+            float wish = 0, best = 0;
+            for (int i = 0; i < count; i++) {
+                float t = i < count - 1 || wish == 0 ? given[i % (count - 1)] * fmaxf(near[s], largest * SMALLEST) : wish;
+                float a = 0, b = 0;
+                for (int u = 0; u < per_sub; u++) {
+                    struct codes codes = codes_at(book, dictionary, &units[u], t, shift);
+                    a += codes.a;
+                    b += codes.b;
+                }
+                if (b > 0 && b * b > best * a) best = b * b / a, wish = b / a;
+                ((float *)to->a[shift * count + i])[s] = a;
+                ((float *)to->b[shift * count + i])[s] = b;
             }
         }
-        double k = 2 * c->scale[s] + 1;
-        c->lowered += best;
-        *above += k * best_b;
-        *below += k * k * best_a;
     }
+    vec best[2] = {splat(0), splat(0)};
+    for (int i = 0; i < to->count; i++)
+        for (int v = 0; v < SUBS / LANES; v++) {
+            vec t = ratio(greater(to->b[i][v], splat(0)), to->a[i][v]), gained = t * to->b[i][v];
+            to->wish[v] = pick(gained > best[v], t, to->wish[v]);
+            best[v] = greater(gained, best[v]);
+        }
+}
+
+/* Choose, second part: the best whole scales under d. */
+INLINE void settle(const struct book *book, const struct samples *samples, struct choice *c) {
+    vec lowered_all = splat(0), above = splat(0), below = splat(0);
+    for (int v = 0; v < COLUMNS / book->depth / LANES; v++) {
+        vec wish = whole_within(samples->wish[v] / (2.0f * c->d) - 0.5f, 0, (float)book->most);
+        vec best = splat(-INFINITY), scale = splat(0), a = splat(0), b = splat(0);
+        for (int step = -1; step <= 1; step++) {
+            vec s = lesser(greater(wish + (float)step, splat(0)), splat((float)book->most)), odd = 2.0f * s + 1.0f;
+            vec t = c->d * odd;
+            for (int i = 0; i < samples->count; i++) {
+                vec lowered = t * (2.0f * samples->b[i][v] - t * samples->a[i][v]);
+                mask better = lowered > best;
+                best = pick(better, lowered, best);
+                scale = pick(better, s, scale);
+                a = pick(better, samples->a[i][v], a);
+                b = pick(better, samples->b[i][v], b);
+            }
+        }
+        vec odd = 2.0f * scale + 1.0f;
+        c->scale[v] = scale;
+        lowered_all += best;
+        above += odd * b;
+        below += odd * odd * a;
+    }
+    c->lowered = sum(lowered_all);
+    c->above = sum(above);
+    c->below = sum(below);
 }
 
 /* d as a half would hold it: `unit` turns the numbers here into the stored ones. */
 static float stored(double wish, float unit) { return half_to_float(scale_to_half((float)(wish * unit))) / unit; }
 
 /* Choose: d and the whole scales of a superblock; no d (0) where zeros are nearer than anything. */
-static struct choice choose_scales(const struct book *book, const struct curves *curves, float unit) {
+INLINE struct choice choose_scales(const struct book *book, const struct samples *samples, float unit) {
     struct choice best = {.lowered = 0}, next = {.d = 0};
-    float largest = 0, last = 0;
-    double above = 0, below = 0, above_best = 0, below_best = 0;
-    for (int s = 0; s < COLUMNS / book->depth; s++) largest = fmaxf(largest, curves->wish[s]);
+    float largest = fmaxf(highest(samples->wish[0]), highest(samples->wish[1])), last = 0;
     for (int i = 0; i < GRID + ROUNDS && largest > 0; i++) {
         float divisor = (float)(2 * book->most + 1) * (1.12f - 0.75f / GRID * (float)i);
-        if (i >= GRID && below_best == 0) break;
-        next.d = stored(i < GRID ? (double)(largest / divisor) : above_best / below_best, unit);
+        if (i >= GRID && best.below == 0) break;
+        next.d = stored(i < GRID ? (double)(largest / divisor) : best.above / best.below, unit);
         if (next.d == last) continue;
         last = next.d;
-        settle(book, curves, &next, &above, &below);
-        if (next.lowered > best.lowered) {
-            best = next;
-            above_best = above;
-            below_best = below;
-        }
+        settle(book, samples, &next);
+        if (next.lowered > best.lowered) best = next;
     }
     return best;
 }
@@ -248,78 +212,102 @@ static int even_minus_signs(const float *x, const float *w, const float *levels,
     return signs ^ 1 << wrong;
 }
 
-/* Round: codes of every unit for a choice; returns sum w x (decoded weight), in the numbers here. */
-static double round_codes(const struct book *book, const struct workspace *work, const struct curves *curves, const float *x,
-                          const float *w, const struct choice *c, struct codewords *to) {
-    double along = 0;
-    for (int u = 0; u < UNITS; u++) {
-        int s = u * 8 / book->depth, v = c->variant[s], second = 0;
-        float t = c->d * (float)(2 * c->scale[s] + 1), levels[8];
-        const struct piece *piece = piece_at(curves->unit[v][u], curves->unit_count[v][u], t);
-        along += (double)t * piece->b;
-        to->scale[s] = c->scale[s];
-        if (book->width == 4) {
-            to->index[2 * u] = piece->code & 0x7fff;
-            to->index[2 * u + 1] = piece->code >> 16 & 0x7fff;
-            second = (int)(piece->code >> 31);
-        } else {
-            to->index[u] = piece->code & 0x7fff;
-            to->down[u] = piece->code >> 15 & 1;
-        }
-        for (int j = 0; j < 8; j++) {
-            int code = to->index[u * 8 / book->width + j / book->width];
-            levels[j] = work->levels[code / LANES * book->width + j % book->width][code % LANES];
-        }
-        int from = second ? 4 : 0;
-        to->signs[u] = (uint8_t)(book->beside == EVEN_SIGNS ? even_minus_signs(x + 8 * u, w + 8 * u, levels, from, from + book->width)
-                                                            : minus_signs(x + 8 * u));
+/* The stored form of the codes of unit u. */
+INLINE void store_codes(const struct book *book, const struct codes *codes, const float *x, const float *w, int u,
+                        struct codewords *to) {
+    int bits = 16 / book->width, per_unit = 8 / book->width, from = codes->second ? 4 : 0;
+    float levels[8];
+    for (int j = 0; j < 8; j++) {
+        int word = book->words[codes->index[j / book->width]];
+        levels[j] = book->levels[word >> bits * (j % book->width) & ((1 << bits) - 1)];
     }
-    return along;
+    for (int c = 0; c < per_unit; c++) to->index[u * per_unit + c] = codes->index[c];
+    to->down[u] = codes->down;
+    to->signs[u] =
+        (uint8_t)(book->beside == EVEN_SIGNS ? even_minus_signs(x, w, levels, from, from + book->width) : minus_signs(x));
+}
+
+/* Round: the best codes of sub-block s at scale t; a and b are their sums. */
+INLINE void round_sub(const struct book *book, const struct dictionary *dictionary, const float *x, const float *w, float t,
+                      int s, double *a, double *b, struct codewords *to) {
+    int shifts = book->beside == SHIFT_OF_32 ? 2 : 1, per_sub = book->depth / 8, first = s * per_sub, down = 0;
+    struct codes codes[2][4];
+    float height[2] = {0, 0};
+    for (int u = 0; u < per_sub; u++) {
+        struct unit unit;
+        int at = 8 * (first + u);
+        load_unit(book, dictionary, x + at, w + at, &unit);
+        for (int shift = 0; shift < shifts; shift++) {
+            codes[shift][u] = codes_at(book, dictionary, &unit, t, shift);
+            height[shift] += codes[shift][u].height;
+        }
+    }
+    down = shifts == 2 && height[1] > height[0];
+    *a = *b = 0;
+    for (int u = 0; u < per_sub; u++) {
+        int at = 8 * (first + u);
+        *a += codes[down][u].a;
+        *b += codes[down][u].b;
+        store_codes(book, &codes[down][u], x + at, w + at, first + u, to);
+    }
 }
 
 /* One superblock. Weights are scaled by a power of two, so that neither tiny nor huge ones leave float32's range. */
-INLINE void encode_superblock(const struct book book, struct workspace *work, const float *from, const float *w, int biased,
-                              struct codewords *to) {
-    struct curves curves;
+INLINE void encode_superblock(const struct book *book, const struct dictionary *dictionary, const float *from,
+                              const float *w, int biased, struct codewords *to) {
+    struct samples samples;
     float x[COLUMNS], largest = 0;
     int exponent;
     memset(to, 0, sizeof *to);
     for (int i = 0; i < COLUMNS; i++) largest = fmaxf(largest, fabsf(from[i]));
     if (largest < LEAST_WEIGHT) return;
     frexpf(largest, &exponent);
-    float whole = 0, unit = ldexpf(1 / book.fraction, exponent);
+    float whole = 0, unit = ldexpf(1 / book->fraction, exponent);
     for (int i = 0; i < COLUMNS; i++) {
         x[i] = ldexpf(from[i], -exponent);
         whole += w[i] * x[i] * x[i];
     }
-    superblock_curves(book, work, x, w, &curves);
-    struct choice choice = choose_scales(&book, &curves, unit);
+    sample_scales(book, dictionary, x, w, &samples);
+    struct choice choice = choose_scales(book, &samples, unit);
     if (choice.d == 0) return;
-    double along = round_codes(&book, work, &curves, x, w, &choice, to);
-    float d = choice.d * unit;
-    to->d = scale_to_half(fine_enough(d) && !biased ? d * unbiased_gain(whole, (float)along) : d);
+    double above = 0, below = 0, a, b;
+    for (int s = 0; s < COLUMNS / book->depth; s++) {
+        float scale = ((const float *)choice.scale)[s], odd = 2 * scale + 1;
+        to->scale[s] = (uint8_t)scale;
+        round_sub(book, dictionary, x, w, choice.d * odd, s, &a, &b, to);
+        above += odd * b;
+        below += odd * odd * a;
+    }
+    float d = choice.d, refit = stored(above / below, unit);
+    if (refit * (2 * above - refit * below) > d * (2 * above - d * below)) d = refit;
+    float stored_d = d * unit, along = (float)(d * above);
+    to->d = scale_to_half(fine_enough(stored_d) && !biased ? stored_d * unbiased_gain(whole, along) : stored_d);
 }
 
-INLINE void encode_rows_of(const struct encode_task *task, const struct book book,
-                           void (*pack)(const struct codewords *, uint8_t *), int64_t first, int64_t last) {
-    int bytes = format_table[task->format].bytes;
-    struct workspace work;
-    load_levels(&book, &work);
-    for (int64_t at = first * task->cols; at < last * task->cols; at += COLUMNS) {
-        struct codewords codewords;
-        encode_superblock(book, &work, task->weights + at, task->importance + at % task->cols, task->biased, &codewords);
-        pack(&codewords, task->packed + at / COLUMNS * bytes);
+typedef void (*pack_codewords)(const struct codewords *, uint8_t *);
+
+static const struct book *book_of(int format, pack_codewords *pack) {
+    switch (format) {
+    case FMT_IQ1_S: *pack = pack_iq1_s; return &iq1_s;
+    case FMT_IQ1_M: *pack = pack_iq1_m; return &iq1_m;
+    case FMT_IQ2_XXS: *pack = pack_iq2_xxs; return &iq2_xxs;
+    case FMT_IQ2_XS: *pack = pack_iq2_xs; return &iq2_xs;
+    case FMT_IQ2_S: *pack = pack_iq2_s; return &iq2_s;
+    case FMT_IQ3_XXS: *pack = pack_iq3_xxs; return &iq3_xxs;
+    default: *pack = pack_iq3_s; return &iq3_s;
     }
 }
 
 CLONES void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last) {
-    switch (task->format) {
-    case FMT_IQ1_S: encode_rows_of(task, iq1_s, pack_iq1_s, first, last); break;
-    case FMT_IQ1_M: encode_rows_of(task, iq1_m, pack_iq1_m, first, last); break;
-    case FMT_IQ2_XXS: encode_rows_of(task, iq2_xxs, pack_iq2_xxs, first, last); break;
-    case FMT_IQ2_XS: encode_rows_of(task, iq2_xs, pack_iq2_xs, first, last); break;
-    case FMT_IQ2_S: encode_rows_of(task, iq2_s, pack_iq2_s, first, last); break;
-    case FMT_IQ3_XXS: encode_rows_of(task, iq3_xxs, pack_iq3_xxs, first, last); break;
-    default: encode_rows_of(task, iq3_s, pack_iq3_s, first, last); break;
+    int bytes = format_table[task->format].bytes;
+    pack_codewords pack;
+    const struct book *book = book_of(task->format, &pack);
+    struct dictionary dictionary;
+    load_dictionary(book, &dictionary);
+    for (int64_t at = first * task->cols; at < last * task->cols; at += COLUMNS) {
+        struct codewords codewords;
+        encode_superblock(book, &dictionary, task->weights + at, task->importance + at % task->cols, task->biased,
+                          &codewords);
+        pack(&codewords, task->packed + at / COLUMNS * bytes);
     }
 }
