@@ -14,6 +14,7 @@ import numpy as np
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Family, Hyperparameters
+from rondel.converters.ggml_types import FILE_TYPES
 from rondel.converters.gguf_keys import (
     FORMAT_VERSION,
     QUANTIZATION_VERSION,
@@ -28,7 +29,7 @@ from rondel.converters.side_files import read_json
 
 # general.file_type of the named mixtures; a bare K type means its medium mixture, as in llama.cpp.
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-_FILE_TYPES = {
+_FILE_TYPES = FILE_TYPES | {
     kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(kind)
     for kind in gguf.LlamaFileType
     if kind is not gguf.LlamaFileType.GUESSED

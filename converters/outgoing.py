@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.folder import TensorInfo
+from rondel.converters.ggml_types import GGML_TYPES
 from rondel.converters.gguf_writer import MAX_NAME_BYTES, Entry
 from rondel.converters.row_gains import fold_into_blocks
 
@@ -58,16 +58,17 @@ def entry(tensor: Outgoing) -> Entry:
         raise RondelError(f"{tensor.name}: a GGUF tensor name has at most {MAX_NAME_BYTES} bytes")
     if tensor.feature is not None:
         size = _extended_bytes(tensor.format, *tensor.shape)
-        return Entry(tensor.name, (size,), int(gguf.GGMLQuantizationType.I8), size)
-    kind = gguf.GGMLQuantizationType.__members__.get(tensor.format)
+        return Entry(tensor.name, (size,), GGML_TYPES["I8"].number, size)
+    kind = GGML_TYPES.get(tensor.format)
     if kind is None:
         raise RondelError(f"{tensor.name}: {tensor.format} is not a format of GGUF files; quantize again")
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     columns = tensor.shape[-1]
-    if columns % block:
-        raise RondelError(f"{tensor.name}: rows of {columns} weights do not fit blocks of {block} ({tensor.format})")
+    if columns % kind.block:
+        raise RondelError(
+            f"{tensor.name}: rows of {columns} weights do not fit blocks of {kind.block} ({tensor.format})"
+        )
     count = int(np.prod(tensor.shape, dtype=np.int64))
-    return Entry(tensor.name, tuple(reversed(tensor.shape)), int(kind), count // block * block_bytes)
+    return Entry(tensor.name, tuple(reversed(tensor.shape)), kind.number, count // kind.block * kind.bytes)
 
 
 def _outgoing_format(info: TensorInfo, wanted: str | None) -> str:

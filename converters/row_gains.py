@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 
 from rondel.converters.errors import RondelError
+from rondel.converters.ggml_types import GGML_TYPES
 
 # Where the float16 numbers that a whole block is proportional to stand inside it, in bytes (ggml's layouts).
 SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
@@ -29,6 +29,8 @@ SCALE_OFFSETS: dict[str, tuple[int, ...]] = {
     "IQ1_S": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    "Q1_0": (0,),
+    "Q2_0": (0,),
 }
 
 
@@ -39,7 +41,7 @@ def fold_into_blocks(data: np.ndarray, format: str, gain: np.ndarray, name: str)
     """
     if format not in SCALE_OFFSETS:
         raise RondelError(f"{name}: a gain cannot be folded into {format}; use a format with float16 block scales")
-    block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]][1]
+    block_bytes = GGML_TYPES[format].bytes
     blocks = data.copy().reshape(gain.size, -1, block_bytes)
     for offset in SCALE_OFFSETS[format]:
         field = np.ascontiguousarray(blocks[:, :, offset : offset + 2])

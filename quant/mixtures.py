@@ -43,11 +43,18 @@ MIXTURES = {
     "IQ2_XXS": "IQ2_XXS",
     "IQ1_M": "IQ1_M",
     "IQ1_S": "IQ1_S",
+    "TQ2_0": "TQ2_0",
+    "TQ1_0": "TQ1_0",
+    "Q2_0": "Q2_0",
+    "Q1_0": "Q1_0",
+    "MXFP4": "MXFP4",
+    "MXFP4_MOE": "MXFP4",
 }
 # The mixtures of one and two bits have rules of their own; those in UPPER_TWO keep IQ3_S where the others keep Q2_K.
 ONE_BIT = ("IQ1_S", "IQ1_M")
 UPPER_TWO = ("IQ2_S", "IQ2_M")
 LOW = (*ONE_BIT, "IQ2_XXS", "IQ2_XS", *UPPER_TWO)
+TERNARY = ("TQ1_0", "TQ2_0", "Q2_0")
 MIXTURE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 TILE_ALIASES = {"U2": "U2-128", "U4": "U4-128", "U8": "U8-128"}
 TILE_ENDS = {"U2": "Q6_K", "U4": "Q6_K", "U8": "Q8_0"}  # embedding and head beside tile formats
@@ -55,6 +62,7 @@ TILE_ENDS = {"U2": "Q6_K", "U4": "Q6_K", "U8": "Q8_0"}  # embedding and head bes
 # A row that is no multiple of the block: the format with a smaller block that stands in; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 FALLBACKS |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
+FALLBACKS |= dict.fromkeys(TERNARY, "Q4_0")
 TILE_FALLBACKS = {"U2": "Q4_0", "U4": "Q4_0", "U8": "Q8_0"}  # after the smaller groups
 LAST_FALLBACK = "F16"
 
@@ -143,6 +151,8 @@ def _embedding(mixture: str) -> str:
     """The embedding, where it is not the head as well."""
     if mixture in (*UPPER_TWO, "IQ3_XXS"):
         return "IQ3_S"
+    if mixture in TERNARY:
+        return "Q4_K"
     return "Q2_K" if mixture in LOW else MIXTURES[mixture]
 
 
@@ -248,6 +258,8 @@ def _by_part(part: str, mixture: str, model: Model, seen: int) -> str:
 def _by_rule(name: str, cols: int, policy: Policy, model: Model, seen: dict[str, int]) -> str:
     """The mixture's own choice. `seen` counts the tensors of a part that the rules decided so far."""
     mixture = policy.mixture
+    if mixture == "MXFP4_MOE":  # MXFP4 is for experts; everything else is kept at eight bits
+        return MIXTURES[mixture] if "_exps" in name else "Q8_0"
     head = name == OUTPUT or (model.tied and name == EMBEDDING)
     if is_tile(mixture):
         return policy.output or TILE_ENDS[mixture.partition("-")[0]] if head or name == EMBEDDING else mixture

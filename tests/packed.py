@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +26,8 @@ HALVES = {
     "MXFP4": ([], 17),
     "TQ1_0": ([52], 54),
     "TQ2_0": ([64], 66),
+    "Q1_0": ([0], 18),
+    "Q2_0": ([0], 18),
     "IQ1_S": ([0], 50),
     "IQ1_M": ([], 56),
     "IQ2_XXS": ([0], 66),
@@ -35,6 +38,7 @@ HALVES = {
 }
 FLOATS = ("F32", "F16", "BF16")
 BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
+UNLISTED = {"Q1_0": (41, 128), "Q2_0": (42, 64)}  # number and block of types that the gguf package cannot decode
 GGML = (*FLOATS, *HALVES)
 TILES = tuple(TILE_FORMATS)
 EVERY = (*GGML, *TILES)
@@ -44,7 +48,26 @@ def block_of(name: str) -> int:
     """Columns a row must be a multiple of, from the name alone (tests compare it with the runtime's table)."""
     if name in TILES:
         return TILE_FORMATS[name].group
+    if name in UNLISTED:
+        return UNLISTED[name][1]
     return 1 if name in FLOATS else 32 if name in BLOCKS_OF_32 else 256
+
+
+def ggml_number(name: str) -> int:
+    """ggml's number of a type."""
+    return UNLISTED[name][0] if name in UNLISTED else int(gguf.GGMLQuantizationType[name])
+
+
+def decoded_by_reference(name: str, packed: NDArray[np.uint8], rows: int) -> NDArray[np.float32]:
+    """(rows, cols) weights as the gguf package reads them; by ggml-common.h's layout where it does not."""
+    if name not in UNLISTED:
+        decoded: NDArray[np.float32] = gguf.quants.dequantize(packed.reshape(rows, -1), gguf.GGMLQuantizationType[name])
+        return decoded
+    blocks = packed.reshape(-1, HALVES[name][1])
+    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
+    levels = 2 * bits - 1 if name == "Q1_0" else bits[:, ::2] + 2 * bits[:, 1::2] - 1
+    return (scales * levels).reshape(rows, -1)
 
 
 def half_columns(name: str, packed: NDArray[np.uint8]) -> list[NDArray[np.uint16]]:

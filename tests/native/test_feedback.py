@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from rondel.native.formats import (
     with_scales,
 )
 from rondel.native.library import NativeError
+from tests.packed import decoded_by_reference
 
 FORMATS = tuple(name for name in formats() if feeds_back(name))
 CODEBOOKS = tuple(name for name in FORMATS if name.startswith(("IQ1", "IQ2", "IQ3")))
@@ -104,7 +104,7 @@ def test_kept_scales_give_the_same_bytes(name: str) -> None:
 def test_gguf_package_reads_the_same_weights(name: str) -> None:
     weights = some_weights(block_of(name))
     packed, decoded, _ = fed_back(name, weights, factor(second_moment(block_of(name))))
-    theirs = gguf.quants.dequantize(packed.reshape(len(weights), -1), gguf.GGMLQuantizationType[name])
+    theirs = decoded_by_reference(name, packed, len(weights))
     np.testing.assert_array_equal(theirs, decoded)
 
 

@@ -1,14 +1,24 @@
 """Formats: sizes, decoding bit for bit against two witnesses, products against float64."""
 
-import gguf
 import numpy as np
 import pytest
 
 from rondel.converters.errors import RondelError
+from rondel.converters.ggml_types import GGML_TYPES
 from rondel.converters.tiles import TILE_FORMATS, decode_tiles, pack_tiles, unpack_tiles
 from rondel.native import formats
 from rondel.native.library import NativeError
-from tests.packed import EVERY, FLOATS, GGML, TILES, block_of, half_columns, random_packed
+from tests.packed import (
+    EVERY,
+    FLOATS,
+    GGML,
+    TILES,
+    block_of,
+    decoded_by_reference,
+    ggml_number,
+    half_columns,
+    random_packed,
+)
 
 ROWS = 37  # not a multiple of a panel
 
@@ -27,7 +37,7 @@ def test_the_table_has_every_format_once():
     assert sorted(formats.formats()) == sorted(EVERY)
     for name, entry in formats.formats().items():
         assert entry.block == block_of(name)
-        expected = -1 if name in TILES else int(gguf.GGMLQuantizationType[name])
+        expected = -1 if name in TILES else ggml_number(name)
         assert entry.ggml_type == expected
         assert entry.tiled == (name in TILES)
         if name not in TILES:
@@ -41,8 +51,8 @@ def test_sizes(name):
         assert formats.format_bytes(name, ROWS, cols) == TILE_FORMATS[name].bytes(ROWS, cols)
         assert formats.format_bytes(name, 48, cols) == formats.format_bytes(name, ROWS, cols)
     else:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-        assert formats.format_bytes(name, ROWS, cols) == ROWS * cols // block * size
+        kind = GGML_TYPES[name]
+        assert formats.format_bytes(name, ROWS, cols) == ROWS * cols // kind.block * kind.bytes
     assert formats.format_bytes(name, 0, cols) == 0
 
 
@@ -69,7 +79,7 @@ def test_errors_say_what_is_wrong():
 def test_decoding_equals_ggmls_reference(name):
     cols = 4 * block_of(name) if name not in FLOATS else 100
     packed = random_packed(name, ROWS, cols, np.random.default_rng(1))
-    expected = gguf.dequantize(packed.reshape(ROWS, -1), gguf.GGMLQuantizationType[name])
+    expected = decoded_by_reference(name, packed, ROWS)
     assert same_bits(formats.decode(name, packed, ROWS, cols), expected.reshape(ROWS, cols))
 
 

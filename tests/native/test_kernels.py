@@ -5,12 +5,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from rondel.native import formats, instruction_set, instruction_sets, use_instruction_set
-from tests.packed import EVERY, FLOATS, GGML, block_of, random_packed
+from tests.packed import EVERY, FLOATS, GGML, block_of, ggml_number, random_packed
 from tests.peer.ggml import ggml_product, has_avx2_order
 from tests.peer.llama import find_library
 
@@ -23,7 +22,7 @@ FAST = [isa for isa in instruction_sets() if isa != "scalar"]
 SUMMATION = 4e-6
 # Formats whose products llama.cpp's AVX2 build adds in another order for one row than for eight interleaved ones (Q4_K:
 # rondel has the latter, which is how it decodes), in two running sums, or in a vector of another width.
-OTHER_ORDER = {"BF16", "Q4_K", "IQ4_NL", "MXFP4", "TQ1_0", "IQ1_S", "IQ1_M"}
+OTHER_ORDER = {"BF16", "Q1_0", "Q2_0", "Q4_K", "IQ4_NL", "MXFP4", "TQ1_0", "IQ1_S", "IQ1_M"}
 # Float64 may hold any of these sums; float32 only integers below this.
 EXACT_LIMIT = 2**24
 LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 1024]
@@ -136,7 +135,7 @@ def test_products_are_llama_cpps(name):
     cols, rng = 1024, np.random.default_rng(11)
     packed = random_packed(name, ROWS, cols, rng)
     inputs = rng.standard_normal((2, cols)).astype(np.float32)
-    expected = ggml_product(int(gguf.GGMLQuantizationType[name]), packed, ROWS, inputs)
+    expected = ggml_product(ggml_number(name), packed, ROWS, inputs)
     got = formats.matmul(name, packed, ROWS, cols, inputs)
     assert (np.abs(got - expected) <= SUMMATION * magnitude(name, packed, cols, inputs)).all()
     if has_avx2_order() and name not in OTHER_ORDER:

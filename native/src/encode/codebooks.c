@@ -16,7 +16,7 @@
 
 /* The scales at which a sub-block is searched, in root mean squares of its weights over that of the levels: around the
  * usual best ones. Last comes the best scale for the codes found so far. */
-#define SAMPLES 4
+#define SAMPLES 4 /* at most; one more is the codeword of least levels, the best one at large scales */
 static const float three_levels[] = {0.9f, 1.3f}, eight_levels[] = {0.95f, 1.25f, 1.6f};
 
 /* of the largest; a sub-block of smaller weights gets the smallest scale anyhow */
@@ -38,7 +38,7 @@ struct codes {
 
 /* Sub-blocks of a superblock, one a lane: sums of a and b at every sampled scale, for both shifts of IQ1_S. */
 struct samples {
-    vec a[2 * SAMPLES][SUBS / LANES], b[2 * SAMPLES][SUBS / LANES];
+    vec a[2 * SAMPLES + 1][SUBS / LANES], b[2 * SAMPLES + 1][SUBS / LANES];
     int count;
     vec wish[SUBS / LANES]; /* the best scale, free of the other sub-blocks */
 };
@@ -105,6 +105,22 @@ INLINE struct codes codes_at(const struct book *book, const struct dictionary *d
     return codes;
 }
 
+/* The sums of a sub-block if all of its levels are the least one. */
+INLINE void least_levels(const struct book *book, const float *x, const float *w, float *a, float *b) {
+    float level = book->levels[0];
+    for (int from = 0; from < book->depth; from += 8) {
+        float weights = 0, pull = 0, least = INFINITY;
+        for (int j = from; j < from + 8; j++) {
+            weights += w[j];
+            pull += w[j] * fabsf(x[j]);
+            least = fminf(least, w[j] * fabsf(x[j]));
+        }
+        int odd = book->beside == EVEN_SIGNS && __builtin_popcount((unsigned)minus_signs(x + from)) % 2;
+        *a += level * level * weights;
+        *b += level * (odd ? pull - 2 * least : pull);
+    }
+}
+
 /* Choose, first part: what the sampled scales leave of every sub-block. */
 INLINE void sample_scales(const struct book *book, const struct dictionary *dictionary, const float *x, const float *w,
                           struct samples *to) {
@@ -145,6 +161,11 @@ INLINE void sample_scales(const struct book *book, const struct dictionary *dict
                 ((float *)to->b[shift * count + i])[s] = b;
             }
         }
+    }
+    if (shifts_of(book) == 1) {
+        for (int s = 0; s < subs; s++)
+            least_levels(book, x + s * book->depth, w + s * book->depth, (float *)to->a[count] + s, (float *)to->b[count] + s);
+        to->count++;
     }
     vec best[2] = {splat(0), splat(0)};
     for (int i = 0; i < to->count; i++)

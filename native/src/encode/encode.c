@@ -39,6 +39,11 @@ encode_rows encoder_of(int format) {
     case FMT_Q5_1:
     case FMT_Q8_0:
     case FMT_IQ4_NL: return encode_blocks;
+    case FMT_MXFP4:
+    case FMT_TQ1_0:
+    case FMT_TQ2_0:
+    case FMT_Q1_0:
+    case FMT_Q2_0: return encode_few_levels;
     default: return format_table[format].rows > 1 ? encode_tiles : NULL; /* NULL: decoded and run, not written */
     }
 }
@@ -48,7 +53,12 @@ static float limit_of(int format) {
     switch (format) {
     case FMT_F32: return FLT_MAX;
     case FMT_BF16: return 3.38e38f;
+    case FMT_MXFP4: return FLT_MAX / 2;
     case FMT_F16: return HALF_MAX;
+    case FMT_TQ1_0:
+    case FMT_TQ2_0:
+    case FMT_Q1_0:
+    case FMT_Q2_0:
     case FMT_U2_64:
     case FMT_U2_128:
     case FMT_U2_256: return HALF_MAX * 1.5f;

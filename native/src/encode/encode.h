@@ -27,6 +27,7 @@ void encode_floats(const struct encode_task *task, int64_t first, int64_t last);
 void encode_blocks(const struct encode_task *task, int64_t first, int64_t last);      /* blocks of 32 */
 void encode_superblocks(const struct encode_task *task, int64_t first, int64_t last); /* K types and IQ4_XS, 256 */
 void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last);   /* IQ1, IQ2, IQ3 */
+void encode_few_levels(const struct encode_task *task, int64_t first, int64_t last);  /* TQ1_0, TQ2_0, Q2_0, Q1_0, MXFP4 */
 void encode_tiles(const struct encode_task *task, int64_t first, int64_t last);       /* U2, U4, U8 */
 
 /* The files with scale searches are compiled for two instruction sets, under names that end in them; dispatch.c calls the
@@ -76,6 +77,9 @@ void pack_nibbles(const uint8_t *codes, uint8_t *block);                   /* 32
 void pack_fifth_bits(const uint8_t *codes, uint8_t *bits);                 /* bit 4 of 32 codes: 4 bytes */
 
 void pack_block(int format, const uint8_t *codes, float scale, float offset, uint8_t *block);
+
+/* Codes -1, 0, .. as 0, 1, .. (Q1_0: 0 and 1) of one block of TQ1_0, TQ2_0, Q2_0 or Q1_0. */
+void pack_few_levels(int format, const uint8_t *codes, uint16_t d, uint8_t *block);
 
 /* A panel of 16 rows of U2, U4 or U8 without its scales; returns the end of what it wrote. */
 #define PANEL 16

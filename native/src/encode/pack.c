@@ -76,6 +76,39 @@ static void pack_single_bits(const uint8_t *codes, int bit, uint8_t *to) {
     }
 }
 
+/* Base-3 digits of `count` columns, `apart` apart, as the fraction x / 256 that holds the first digit on top. */
+static uint8_t pack_trits(const uint8_t *codes, int apart, int count) {
+    int number = 0;
+    for (int n = 0; n < 5; n++) number = 3 * number + (n < count ? codes[n * apart] : 0);
+    return (uint8_t)((number * 256 + 242) / 243);
+}
+
+/* 32 bytes of columns l, l + 32, .. 128 + l; 16 of 160 + l, .. 224 + l; 4 of 240 + l, .. 252 + l; d */
+static void pack_tq1_0(const uint8_t *codes, uint16_t d, uint8_t *block) {
+    for (int l = 0; l < 32; l++) block[l] = pack_trits(codes + l, 32, 5);
+    for (int l = 0; l < 16; l++) block[32 + l] = pack_trits(codes + 160 + l, 16, 5);
+    for (int l = 0; l < 4; l++) block[48 + l] = pack_trits(codes + 240 + l, 4, 4);
+    put_half(block + 52, d);
+}
+
+/* d, then the codes of 1 or 2 bits one after another */
+static void pack_in_order(const uint8_t *codes, int columns, int bits, uint16_t d, uint8_t *block) {
+    put_half(block, d);
+    memset(block + 2, 0, (size_t)(columns * bits / 8));
+    for (int c = 0; c < columns; c++) block[2 + c * bits / 8] |= (uint8_t)(codes[c] << c * bits % 8);
+}
+
+void pack_few_levels(int format, const uint8_t *codes, uint16_t d, uint8_t *block) {
+    switch (format) {
+    case FMT_TQ1_0: pack_tq1_0(codes, d, block); break;
+    case FMT_TQ2_0:
+        pack_two_bits(codes, block);
+        put_half(block + 64, d);
+        break;
+    default: pack_in_order(codes, format_table[format].columns, format == FMT_Q1_0 ? 1 : 2, d, block); break;
+    }
+}
+
 /* 16 bytes (scale | min << 4), 64 bytes of codes, d, dmin */
 void pack_q2_k(const struct superblock *from, uint8_t *block) {
     for (int s = 0; s < 16; s++) block[s] = (uint8_t)(from->scale[s] | from->min[s] << 4);

@@ -94,4 +94,48 @@ float avx2_dot_mxfp4(const void *row, const void *packed, int64_t cols) {
     }
     return sum_of_floats(total);
 }
+
+/* Columns 32 part .. of Q1_0 and Q2_0 as bytes. */
+static inline __m256i signs_of(const struct q1_0 *block, int part) {
+    __m256i twice = _mm256_srli_epi16(fifth_bits_32(block->codes + 4 * part), 3);
+    return _mm256_sub_epi8(twice, _mm256_set1_epi8(1));
+}
+
+static inline __m256i fields_of(const struct q2_0 *block, int part) {
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6,
+                                            6, 7, 7, 7, 7);
+    int64_t bytes;
+    memcpy(&bytes, block->codes + 8 * part, 8);
+    __m256i four = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), spread);
+    __m256i codes = _mm256_and_si256(four, _mm256_set1_epi32(3));
+    codes = _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi16(four, 2), _mm256_set1_epi32(3 << 8)));
+    codes = _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi16(four, 4), _mm256_set1_epi32(3 << 16)));
+    codes = _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi16(four, 6), _mm256_set1_epi32(3 << 24)));
+    return _mm256_sub_epi8(codes, _mm256_set1_epi8(1));
+}
+
+static inline __m256 add_part(__m256 total, float scale, __m256i codes, const int8_t *x) {
+    __m256i sum = _mm256_madd_epi16(pairs(codes, x), _mm256_set1_epi16(1));
+    return _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(sum), total);
+}
+
+float avx2_dot_q1_0(const void *row, const void *packed, int64_t cols) {
+    const struct q1_0 *w = row;
+    const int8_t *quants = packed;
+    const float *scales = q8_scales(packed, cols);
+    __m256 total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < cols / 32; i++)
+        total = add_part(total, load_half(w[i / 4].scale) * scales[i], signs_of(w + i / 4, (int)(i % 4)), quants + 32 * i);
+    return sum_of_floats(total);
+}
+
+float avx2_dot_q2_0(const void *row, const void *packed, int64_t cols) {
+    const struct q2_0 *w = row;
+    const int8_t *quants = packed;
+    const float *scales = q8_scales(packed, cols);
+    __m256 total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < cols / 32; i++)
+        total = add_part(total, load_half(w[i / 2].scale) * scales[i], fields_of(w + i / 2, (int)(i % 2)), quants + 32 * i);
+    return sum_of_floats(total);
+}
 #endif

@@ -22,6 +22,9 @@ struct iq3_s { uint8_t scale[2], codes[64], high[8], signs[32], scales[4]; };
 struct iq1_s { uint8_t scale[2], codes[32], high[16]; };    /* per 32: delta << 15 | s << 12 | 4 x 3 high bits */
 struct iq1_m { uint8_t codes[32], high[16], scales[8]; };   /* per 8: delta << 3 | 3 high bits; per 16: s, 3 bits */
 
+struct q1_0 { uint8_t scale[2], codes[16]; };               /* 128: d (2 q - 1), q of column j in bit j */
+struct q2_0 { uint8_t scale[2], codes[16]; };               /* 64: d (q - 1), two bits a column in order */
+
 static const int8_t mxfp4_levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 static inline uint16_t word_at(const uint8_t *bytes) { return (uint16_t)(bytes[0] | bytes[1] << 8); }
@@ -204,6 +207,21 @@ static inline void unpack_mxfp4(const void *block, struct unpacked_32 *out) {
     out->offset = 0;
     unpack_nibbles(q->codes, out->codes);
     for (int j = 0; j < 32; j++) out->codes[j] = mxfp4_levels[out->codes[j]];
+}
+
+/* Columns 32 part .. of a block of 128 (Q1_0) or 64 (Q2_0). */
+static inline void unpack_q1_0(const void *block, int part, struct unpacked_32 *out) {
+    const struct q1_0 *q = block;
+    out->scale = half_at(q->scale);
+    out->offset = 0;
+    for (int j = 0; j < 32; j++) out->codes[j] = (int8_t)(2 * (q->codes[4 * part + j / 8] >> j % 8 & 1) - 1);
+}
+
+static inline void unpack_q2_0(const void *block, int part, struct unpacked_32 *out) {
+    const struct q2_0 *q = block;
+    out->scale = half_at(q->scale);
+    out->offset = 0;
+    for (int j = 0; j < 32; j++) out->codes[j] = (int8_t)((q->codes[8 * part + j / 4] >> j % 4 * 2 & 3) - 1);
 }
 
 #endif

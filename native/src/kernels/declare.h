@@ -14,7 +14,8 @@
 #define DECLARE_CODEBOOKS(isa)                                                                                \
     DECLARE_DOT(isa, iq4_xs) DECLARE_DOT(isa, mxfp4) DECLARE_DOT(isa, tq1_0) DECLARE_DOT(isa, tq2_0)          \
     DECLARE_DOT(isa, iq1_s) DECLARE_DOT(isa, iq1_m) DECLARE_DOT(isa, iq2_xxs) DECLARE_DOT(isa, iq2_xs)        \
-    DECLARE_DOT(isa, iq2_s) DECLARE_DOT(isa, iq3_xxs) DECLARE_DOT(isa, iq3_s)
+    DECLARE_DOT(isa, iq2_s) DECLARE_DOT(isa, iq3_xxs) DECLARE_DOT(isa, iq3_s) DECLARE_DOT(isa, q1_0)          \
+    DECLARE_DOT(isa, q2_0)
 #define DECLARE_TILES(isa)                                                                                    \
     DECLARE_PANEL(isa, u2_64) DECLARE_PANEL(isa, u2_128) DECLARE_PANEL(isa, u2_256) DECLARE_PANEL(isa, u4_64) \
     DECLARE_PANEL(isa, u4_128) DECLARE_PANEL(isa, u4_256) DECLARE_PANEL(isa, u8_64)                           \
@@ -30,7 +31,8 @@
     [FMT_IQ4_XS] = isa##_dot_iq4_xs, [FMT_MXFP4] = isa##_dot_mxfp4, [FMT_TQ1_0] = isa##_dot_tq1_0,            \
     [FMT_TQ2_0] = isa##_dot_tq2_0, [FMT_IQ1_S] = isa##_dot_iq1_s, [FMT_IQ1_M] = isa##_dot_iq1_m,              \
     [FMT_IQ2_XXS] = isa##_dot_iq2_xxs, [FMT_IQ2_XS] = isa##_dot_iq2_xs, [FMT_IQ2_S] = isa##_dot_iq2_s,        \
-    [FMT_IQ3_XXS] = isa##_dot_iq3_xxs, [FMT_IQ3_S] = isa##_dot_iq3_s
+    [FMT_IQ3_XXS] = isa##_dot_iq3_xxs, [FMT_IQ3_S] = isa##_dot_iq3_s, [FMT_Q1_0] = isa##_dot_q1_0,            \
+    [FMT_Q2_0] = isa##_dot_q2_0
 #define TILE_PANELS(isa)                                                                                      \
     [FMT_U2_64] = isa##_panel_u2_64, [FMT_U2_128] = isa##_panel_u2_128, [FMT_U2_256] = isa##_panel_u2_256,    \
     [FMT_U4_64] = isa##_panel_u4_64, [FMT_U4_128] = isa##_panel_u4_128, [FMT_U4_256] = isa##_panel_u4_256,    \

@@ -21,6 +21,9 @@ static const unpack_256 blocks_of_256[FMT_COUNT] = {
     [FMT_IQ2_S] = unpack_iq2_s, [FMT_IQ3_XXS] = unpack_iq3_xxs, [FMT_IQ3_S] = unpack_iq3_s,
 };
 
+typedef void (*unpack_part)(const void *block, int part, struct unpacked_32 *out);
+static const unpack_part blocks_of_parts[FMT_COUNT] = {[FMT_Q1_0] = unpack_q1_0, [FMT_Q2_0] = unpack_q2_0};
+
 static void decode_floats(int format, const uint8_t *row, int64_t cols, float *out) {
     if (format == FMT_F32) {
         memcpy(out, row, (size_t)cols * 4);
@@ -42,6 +45,14 @@ static void decode_blocks_of_32(unpack_32 unpack, const uint8_t *row, int64_t co
     for (int64_t i = 0; i < cols / 32; i++, row += bytes) {
         unpack(row, &block);
         for (int j = 0; j < 32; j++) *out++ = block.scale * block.codes[j] - block.offset;
+    }
+}
+
+static void decode_parts(unpack_part unpack, const uint8_t *row, int64_t cols, int columns, int bytes, float *out) {
+    struct unpacked_32 part;
+    for (int64_t i = 0; i < cols; i += 32) {
+        unpack(row + i / columns * bytes, (int)(i % columns / 32), &part);
+        for (int j = 0; j < 32; j++) *out++ = part.scale * part.codes[j];
     }
 }
 
@@ -80,6 +91,8 @@ void matrix_row(const struct matrix *weights, int64_t row, float *out) {
         decode_tile_row(traits, data, weights->cols, (int)(row % traits->rows), out);
     else if (blocks_of_32[weights->format])
         decode_blocks_of_32(blocks_of_32[weights->format], data, weights->cols, traits->bytes, out);
+    else if (blocks_of_parts[weights->format])
+        decode_parts(blocks_of_parts[weights->format], data, weights->cols, traits->columns, traits->bytes, out);
     else if (blocks_of_256[weights->format])
         decode_blocks_of_256(blocks_of_256[weights->format], data, weights->cols, traits->bytes, out);
     else

@@ -48,6 +48,30 @@ DOT_32(q8_0, 0)
 DOT_32(iq4_nl, 0)
 DOT_32(mxfp4, 0)
 
+/* Blocks of 64 or 128 beside activations in blocks of 32: each part of 32 is a block of its own with the same scale. */
+static inline float dot_parts(const uint8_t *row, const void *packed, int64_t cols, int columns, int bytes,
+                              void (*unpack)(const void *, int, struct unpacked_32 *)) {
+    const int8_t *quants = packed;
+    const float *scales = q8_scales(packed, cols);
+    struct unpacked_32 part;
+    float lanes[8] = {0};
+    for (int64_t i = 0; i < cols; i += 32) {
+        int32_t products[8];
+        unpack(row + i / columns * bytes, (int)(i % columns / 32), &part);
+        for (int j = 0; j < 8; j++) products[j] = dot_codes(part.codes + 4 * j, quants + i + 4 * j, 4);
+        add_lanes(lanes, part.scale * scales[i / 32], products);
+    }
+    return sum_of_lanes(lanes);
+}
+
+float scalar_dot_q1_0(const void *row, const void *packed, int64_t cols) {
+    return dot_parts(row, packed, cols, 128, sizeof(struct q1_0), unpack_q1_0);
+}
+
+float scalar_dot_q2_0(const void *row, const void *packed, int64_t cols) {
+    return dot_parts(row, packed, cols, 64, sizeof(struct q2_0), unpack_q2_0);
+}
+
 /* Each lane's share of sum_s scale_s sum(q x). All sums of lanes are below 2^31:
  * 256 * 63 * 31 * 127 for Q5_K, 256 * 128 * 32 * 127 for Q6_K, 256 * 32 * 127 * 127 for IQ4_XS. */
 static inline void lane_products(const struct unpacked_256 *block, const struct q8_k *x, int32_t lanes[8]) {
