@@ -234,7 +234,7 @@ static int even_minus_signs(const float *x, const float *w, const float *levels,
 }
 
 /* The stored form of the codes of unit u. */
-INLINE void store_codes(const struct book *book, const struct codes *codes, const float *x, const float *w, int u,
+INLINE void keep_codes(const struct book *book, const struct codes *codes, const float *x, const float *w, int u,
                         struct codewords *to) {
     int bits = 16 / book->width, per_unit = 8 / book->width, from = codes->second ? 4 : 0;
     float levels[8];
@@ -269,7 +269,7 @@ INLINE void round_sub(const struct book *book, const struct dictionary *dictiona
         int at = 8 * (first + u);
         *a += codes[down][u].a;
         *b += codes[down][u].b;
-        store_codes(book, &codes[down][u], x + at, w + at, first + u, to);
+        keep_codes(book, &codes[down][u], x + at, w + at, first + u, to);
     }
 }
 
