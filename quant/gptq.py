@@ -208,8 +208,10 @@ class FeedbackRounding:
             if contest.looked_up:
                 moments = self._with_lookups(contest.name, moments)
         # In place: at the largest site of a model each of these is larger than a block's weights.
-        drift = None if moments.cross is None else moments.cross.sub_(moments.second)
-        return _Learnt(factorize(moments.second, device=self._request.device), drift)
+        second, cross = moments.second, moments.cross
+        drift = None if cross is None else cross.sub_(second).to(torch.float32)
+        del moments, cross
+        return _Learnt(factorize(second, device=self._request.device), drift)
 
     def _with_lookups(self, name: str, moments: Moments) -> Moments:
         """The metric of a matrix that is head and embedding in one: the relative errors of both uses, added."""
