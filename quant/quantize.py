@@ -8,10 +8,8 @@ statistics hold their text, error feedback does better (gptq.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,242 +18,25 @@ import numpy as np
 import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
-from rondel.converters.errors import RondelError
-from rondel.converters.family import EMBEDDING
 from rondel.converters.folder import Packed
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
-from rondel.converters.stats import OUTPUT_IN, Stats
-from rondel.native.formats import encode, format_bytes
+from rondel.converters.stats import Stats
+from rondel.native.formats import format_bytes
 from rondel.quant import automatic, rescaling
-from rondel.quant.budget import Allocated, Budget, Spending, budget_of, check_statistics, choices_of, spread
+from rondel.quant.budget import Allocated, Spending, choices_of, spread
 from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
-from rondel.quant.importance import Importance, Means, check_importance, importance_of
-from rondel.quant.methods import AUTO, Method, method_named
+from rondel.quant.importance import Importance
+from rondel.quant.methods import AUTO, method_named
 from rondel.quant.mixtures import (
     Choice,
-    Policy,
-    choose_formats,
-    format_named,
-    is_tile,
-    mixture_named,
-    model_of,
 )
-from rondel.quant.rescaled_view import RescaledView, Rescaling, rescaled_importance
-from rondel.quant.rounding import Encoder, Rounded, round_matrix, stored
-from rondel.quant.rtn import AffineEncoder, check_granularity
-from rondel.quant.sequential import FEWEST_WINDOWS
-from rondel.quant.stage import stage_record
-from rondel.quant.trial import Rounding
+from rondel.quant.quantize_task import QuantizeConfig, Task, holds_text, prepare, warnings_of
+from rondel.quant.rounding import Rounded, round_matrix, stored
+from rondel.quant.rtn import check_granularity
 from rondel.quant.workers import Workers, check_device
 
-TARGETS = ("llama.cpp", "rondel")
 ALLOCATION = "allocation"  # in the journal alone: an interrupted run does not choose again
-DEFAULT_TYPE = "Q4_K_M"
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """What to quantize to.
-
-    `type` is one of llama.cpp's mixtures (Q4_K_M; Q4_K means it too) or a tile format (U4-128; U4 means it), which
-    leaves embedding and head in Q6_K (Q8_0 beside U8). `tensors` holds (regular expression, format): the first
-    that is found in a tensor's name decides it. `embedding_type` and `output_type` come before them; `pure` turns the
-    mixture's rules off. One of `bpw`, `size` and `like` instead of `type` is a budget, for which the formats are chosen
-    by what they cost (budget.py); overrides hold. `method` is a name of methods.py; gptq takes the float model's
-    activations where not `sequential`, else those behind the matrices that are rounded already, and where `asymmetric`
-    makes up for what those lost. `granularity` says which weights share a scale with rtn ("group", "channel" or
-    "tensor").
-    """
-
-    type: str | None = None  # None: Q4_K_M, unless there is a budget
-    bpw: float | None = None  # bits a weight of all tensors together
-    size: int | None = None  # bytes of the GGUF file
-    like: str | None = None  # a mixture of llama.cpp: the bytes of its file
-    method: str | None = None  # None: gptq where the statistics hold second moments and text, else imatrix
-    granularity: str = "group"  # of rtn: the others choose the scales of every group
-    alpha: float | None = None  # of awq and smoothquant: None searches it for awq, and is 0.5 for smoothquant
-    sequential: bool = True
-    asymmetric: bool = True
-    pure: bool = False
-    tensors: tuple[tuple[str, str], ...] = ()
-    embedding_type: str | None = None
-    output_type: str | None = None
-    target: str | None = None  # "llama.cpp" or "rondel"; None: what an earlier stage chose, else llama.cpp
-    seed: int = 0  # kept for the record: rounding to nearest draws no random numbers
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Everything decided before the first weight is read."""
-
-    source: Checkpoint
-    config: QuantizeConfig  # with canonical names and the target filled in
-    method: Method
-    importance: Importance | None
-    choices: dict[str, Choice]
-    warnings: list[str]
-    policy: Policy
-    budget: Budget | None
-    allocated: Allocated | None = None  # where there is a budget: chosen before the rescaling
-    rescaling: Rescaling | None = None  # chosen before the first matrix is rounded
-    choice: dict[str, Any] | None = None  # why auto took its method
-
-    @cached_property
-    def model(self) -> Checkpoint:
-        """What is rounded: the source after the rescaling."""
-        return RescaledView(self.source, self.rescaling.scales, torch.float32) if self.rescaling else self.source
-
-    @cached_property
-    def seen(self) -> Importance | None:
-        """The statistics of `model`."""
-        if self.importance is None or self.rescaling is None:
-            return self.importance
-        return rescaled_importance(self.importance, self.source, self.rescaling.scales)
-
-    def means(self, name: str) -> Means | None:
-        """How much each column of a matrix counts, or None where all count the same."""
-        if name == EMBEDDING and self.allocated and self.allocated.embedding is not None:
-            return self.allocated.embedding
-        return self.seen.of(self.source, name) if self.seen and self.method.weighted else None
-
-    def encoder(self, weights: torch.Tensor) -> Encoder:
-        """What rounds the pieces of one matrix."""
-        return AffineEncoder(weights, self.config.granularity) if self.method.rounding == "rtn" else encode
-
-    def rounding(self) -> Rounding:
-        """How the method rounds, for those who try scales or methods before."""
-        formats = {name: choice.format for name, choice in self.choices.items()}
-        return Rounding(formats, self.encoder, self.method.weighted, self.method.feeds_back)
-
-    def record(self) -> dict[str, Any]:
-        """The stage's record for the manifest."""
-        return stage_record("quantize", self.config, source=self.source, stats=self.importance)
-
-
-def _target(source: Checkpoint, config: QuantizeConfig) -> str:
-    fixed = source.manifest.get("target")
-    target = config.target or fixed or TARGETS[0]
-    if target not in TARGETS:
-        raise RondelError(f"--target {target}: expected llama.cpp or rondel")
-    if target == "llama.cpp" and any(rotation.online for rotation in source.rotations):
-        raise RondelError(f"{source.root}: has online rotations, which llama.cpp cannot run; use --target rondel")
-    return target
-
-
-def _holds_text(importance: Importance | None) -> bool:
-    """Whether the statistics hold text enough for error feedback."""
-    windows = importance.stats.windows() if importance and importance.stats else None
-    return windows is not None and len(windows) >= FEWEST_WINDOWS
-
-
-def _method(config: QuantizeConfig, importance: Importance | None) -> Method:
-    """The method asked for, or the best one that the statistics allow."""
-    stats = importance.stats if importance else None
-    enough = _holds_text(importance)
-    if config.method is None:
-        full = stats is not None and stats.has(None, OUTPUT_IN, "second_moment")
-        return Method("gptq" if enough and full else "imatrix")
-    method = method_named(config.method)
-    if method.feeds_back and not enough:
-        given = importance.name if importance else "no statistics"
-        raise RondelError(
-            f"--method {config.method}: {given}, but error feedback needs the statistics of rondel calibrate with "
-            f"{FEWEST_WINDOWS} windows of text or more; calibrate again and give them with --stats"
-        )
-    return method
-
-
-def _type(config: QuantizeConfig, budget: Budget | None) -> str | None:
-    if budget is None:
-        return mixture_named(DEFAULT_TYPE if config.type is None else config.type)
-    if config.type is not None or config.pure:
-        other = "--pure" if config.pure else f"--type {config.type}"
-        raise RondelError(f"{budget.option}: chooses the types itself; leave out {other}, or force some with --tensor")
-    return None
-
-
-def _resolve(
-    source: Checkpoint, config: QuantizeConfig, budget: Budget | None, importance: Importance | None
-) -> QuantizeConfig:
-    """The config with every name checked and spelled as the formats are."""
-    target = _target(source, config)
-    resolved = replace(
-        config,
-        type=_type(config, budget),
-        like=budget.like if budget else None,
-        method=_method(config, importance).name,
-        tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
-        embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
-        output_type=format_named(config.output_type) if config.output_type else None,
-        target=target,
-    )
-    asked = [resolved.type, resolved.embedding_type, resolved.output_type, *(format for _, format in resolved.tensors)]
-    tiles = [format for format in asked if format and is_tile(format)]
-    if tiles and target != "rondel":
-        raise RondelError(f"{tiles[0]}: llama.cpp cannot read this format; use --target rondel or a type of llama.cpp")
-    return resolved
-
-
-def _patterns(config: QuantizeConfig, names: list[str]) -> tuple[tuple[re.Pattern[str], str], ...]:
-    compiled = []
-    for pattern, format in config.tensors:
-        try:
-            expression = re.compile(pattern.lower())
-        except re.error as error:
-            raise RondelError(f"--tensor '{pattern}={format}': not a regular expression ({error})") from error
-        if not any(expression.search(name) for name in names):
-            raise RondelError(f"--tensor '{pattern}={format}': is found in no tensor's name")
-        compiled.append((expression, format))
-    return tuple(compiled)
-
-
-def _as_importance(stats: Stats | Importance | None) -> Importance | None:
-    return importance_of(stats) if isinstance(stats, Stats) else stats
-
-
-def _prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> _Task:
-    if source.quantized:
-        raise RondelError(f"{source.root}: is quantized already; quantize the float model that it was made from")
-    if source.manifest.get("replication"):
-        raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; quantize before that")
-    importance = _as_importance(stats)
-    budget = budget_of(config.bpw, config.size, config.like)
-    config = _resolve(source, config, budget, importance)
-    if budget:
-        check_statistics(budget, importance)
-    shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
-    # With a budget the mixture only stands in for what will be chosen.
-    mixture = config.type or config.like or DEFAULT_TYPE
-    policy = Policy(mixture, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type)
-    model = model_of(source.family, source.numbers, shapes, importance is not None)
-    choices = choose_formats(shapes, policy, model)
-    method = method_named(str(config.method))
-    check_granularity(method.rounding, config.granularity, {name: choice.format for name, choice in choices.items()})
-    rescaling.check(source, method, importance, config.alpha)
-    warnings = _warnings(source, method, importance, choices)
-    return _Task(source, config, method, importance, choices, warnings, policy, budget)
-
-
-def _warnings(
-    source: Checkpoint, method: Method, importance: Importance | None, choices: dict[str, Choice]
-) -> list[str]:
-    warnings = []
-    if not method.weighted:
-        pass
-    elif importance is None:
-        warnings.append("no statistics: every input channel counts the same; calibrate first for a better model")
-    else:
-        check_importance(importance, source, list(choices))
-        missing = [name for name in choices if name != EMBEDDING and importance.of(source, name) is None]
-        if missing:
-            warnings.append(
-                f"no statistics for {len(missing)} matrices, {missing[0]} first: their channels count the same"
-            )
-    fallbacks = [name for name, choice in choices.items() if choice.fallback]
-    if fallbacks:
-        warnings.append(f"{len(fallbacks)} matrices have rows that do not fit their format and get another one")
-    return warnings
 
 
 def _bytes(choice: Choice | None, shape: tuple[int, ...]) -> int:
@@ -264,7 +45,7 @@ def _bytes(choice: Choice | None, shape: tuple[int, ...]) -> int:
     return format_bytes(choice.format, shape[0], shape[1])
 
 
-def _describe(task: _Task, name: str) -> dict[str, Any]:
+def _describe(task: Task, name: str) -> dict[str, Any]:
     """One line of the plan."""
     choice, shape = task.choices.get(name), task.source.info(name).shape
     line: dict[str, Any] = {
@@ -295,7 +76,7 @@ def plan(
 
     With a budget the model runs to find out what the formats cost; the plan then has the file's exact size.
     """
-    task = _prepare(source, config, stats)
+    task = prepare(source, config, stats)
     if task.budget:
         with TemporaryDirectory() as folder:
             allocated = spread(_allocation(task), Path(folder), threads=threads, device=device, progress=progress)
@@ -319,12 +100,12 @@ def plan(
     }
 
 
-def _decide(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
+def _decide(task: Task, output: StageOutput, threads: int | None, progress: Progress) -> Task:
     """The task with the method that auto takes, found now or by the run that was interrupted."""
     if task.method.name != AUTO:
         return task
     if not output.done(AUTO):
-        feedback = _holds_text(task.importance)
+        feedback = holds_text(task.importance)
         methods = automatic.candidates(task.source, task.importance, feedback=feedback) if task.importance else []
         roundings = {method: replace(task, method=method).rounding() for method in methods}
         found = automatic.choose(task.source, task.importance, roundings, threads=threads, progress=progress)
@@ -333,7 +114,7 @@ def _decide(task: _Task, output: StageOutput, threads: int | None, progress: Pro
     return replace(task, method=method_named(choice["chosen"]), choice=choice)
 
 
-def _allocation(task: _Task) -> Spending:
+def _allocation(task: Task) -> Spending:
     assert task.budget is not None
     assert task.importance is not None
     assert task.importance.stats is not None
@@ -341,15 +122,15 @@ def _allocation(task: _Task) -> Spending:
     return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method)
 
 
-def _with_formats(task: _Task, allocated: Allocated) -> _Task:
+def _with_formats(task: Task, allocated: Allocated) -> Task:
     choices = choices_of(allocated)
-    warnings = _warnings(task.source, task.method, task.importance, choices)
+    warnings = warnings_of(task.source, task.method, task.importance, choices)
     formats = {name: choice.format for name, choice in choices.items()}
     check_granularity(task.method.rounding, task.config.granularity, formats)
     return replace(task, choices=choices, warnings=warnings, allocated=allocated)
 
 
-def _allocate(task: _Task, output: StageOutput, threads: int | None, device: str, progress: Progress) -> _Task:
+def _allocate(task: Task, output: StageOutput, threads: int | None, device: str, progress: Progress) -> Task:
     """The task with formats within its budget, chosen now or by the run that was interrupted."""
     if task.budget is None:
         return task
@@ -360,7 +141,7 @@ def _allocate(task: _Task, output: StageOutput, threads: int | None, device: str
     return _with_formats(task, Allocated.from_json(output.result(ALLOCATION)))
 
 
-def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Progress) -> _Task:
+def _rescale(task: Task, output: StageOutput, threads: int | None, progress: Progress) -> Task:
     """The task with the scales of its method, chosen now or by the run that was interrupted."""
     if task.method.rescaling is None or task.importance is None:
         return task
@@ -382,7 +163,7 @@ def _rescale(task: _Task, output: StageOutput, threads: int | None, progress: Pr
 RoundShard = Callable[[str, Sequence[str]], dict[str, Rounded]]  # a shard and its matrices
 
 
-def _plain_rounding(task: _Task, threads: int, starting: Starting) -> RoundShard:
+def _plain_rounding(task: Task, threads: int, starting: Starting) -> RoundShard:
     """Every matrix by itself."""
 
     def rounded(shard: str, names: Sequence[str]) -> dict[str, Rounded]:
@@ -397,7 +178,7 @@ def _plain_rounding(task: _Task, threads: int, starting: Starting) -> RoundShard
     return rounded
 
 
-def _feedback_request(task: _Task, device: str) -> Request:
+def _feedback_request(task: Task, device: str) -> Request:
     formats = {name: choice.format for name, choice in task.choices.items()}
     windows = task.importance.stats.windows() if task.importance and task.importance.stats else None
     assert windows is not None, "the method was refused"
@@ -405,7 +186,7 @@ def _feedback_request(task: _Task, device: str) -> Request:
     return Request(task.model, formats, task.means, windows, config.sequential, config.asymmetric, device)
 
 
-def _write_shards(task: _Task, output: StageOutput, shards: Mapping[str, list[str]], round_shard: RoundShard) -> None:
+def _write_shards(task: Task, output: StageOutput, shards: Mapping[str, list[str]], round_shard: RoundShard) -> None:
     for shard, names in shards.items():
         if output.done(shard):
             continue
@@ -445,7 +226,7 @@ def quantize(
     feedback also the method whose codes were kept and both methods' errors on held-out text. `device` is where the
     model runs and second moments are added up and factored; codes are found in C on the processor.
     """
-    task = _prepare(source, config, stats)
+    task = prepare(source, config, stats)
     check_device(device)
     output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES)
     if output.finished:
