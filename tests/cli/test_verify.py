@@ -41,7 +41,7 @@ def test_export_plan_tells_the_exact_size(model: Path, file: Path) -> None:
     assert planned["files"] == [{"name": "tiny.gguf", "bytes": file.stat().st_size}]
 
 
-@pytest.mark.parametrize("size", ["2X", "0", "-1G", "G", "1.5G"])
+@pytest.mark.parametrize("size", ["2X", "0", "-1G", "G", "1.5.2G"])
 def test_export_refuses_a_size_that_is_none(model: Path, tmp_path: Path, size: str) -> None:
     done = rondel("export", model, "-o", tmp_path / "x.gguf", f"--split={size}")
     assert isinstance(done.exception, RondelError)

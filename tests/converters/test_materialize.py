@@ -15,12 +15,14 @@ from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.export import ExportConfig, export
 from rondel.converters.folder import Packed
+from rondel.converters.ggml_types import GGML_TYPES
 from rondel.converters.gguf_keys import General, Rondel
 from rondel.converters.output import StageOutput
 from rondel.converters.replication import ATTENTION, BLOCK, FFN, NO_SLOT, ParameterSet, Replication, Step
 from rondel.converters.replication_codec import encode_replication
 from rondel.converters.rotation import Rotation
 from rondel.converters.row_gains import SCALE_OFFSETS, fold_into_blocks
+from rondel.native.formats import decode
 from rondel.native.model import Model, Session
 from tests.tiny import tiny_model
 
@@ -148,15 +150,14 @@ def test_gains_of_packed_rows_go_into_their_scales(tmp_path: Path, format: str) 
 
 @pytest.mark.parametrize("format", sorted(SCALE_OFFSETS))
 def test_a_power_of_two_is_folded_exactly_into_every_format(format: str) -> None:
-    kind = gguf.GGMLQuantizationType[format]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    block, size = GGML_TYPES[format].block, GGML_TYPES[format].bytes
     blocks = np.random.default_rng(0).integers(0, 256, (8, size), np.uint8)
     for offset in SCALE_OFFSETS[format]:
         blocks[:, offset : offset + 2] = np.linspace(0.25, 3.0, 8).astype("<f2")[:, None].view(np.uint8)
     gain = np.array([1.0, 0.5, -2.0, 4.0, 0.0, 1.0, 0.25, -1.0])
-    folded = fold_into_blocks(blocks.reshape(-1), format, gain, "x").reshape(8, size)
-    assert np.array_equal(dequantize(folded, kind), gain[:, None].astype(np.float32) * dequantize(blocks, kind))
-    assert dequantize(blocks, kind).shape == (8, block)
+    folded = fold_into_blocks(blocks.reshape(-1), format, gain, "x")
+    expected = gain[:, None].astype(np.float32) * decode(format, blocks.reshape(-1), 8, block)
+    assert np.array_equal(decode(format, folded, 8, block), expected)
 
 
 def test_gains_that_a_scale_cannot_hold_are_refused() -> None:

@@ -319,7 +319,7 @@ static const struct book *book_of(int format, pack_codewords *pack) {
     }
 }
 
-CLONES void encode_codebooks(const struct encode_task *task, int64_t first, int64_t last) {
+void THIS_COPY(encode_codebooks)(const struct encode_task *task, int64_t first, int64_t last) {
     int bytes = format_table[task->format].bytes;
     pack_codewords pack;
     const struct book *book = book_of(task->format, &pack);

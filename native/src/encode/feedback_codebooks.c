@@ -70,7 +70,7 @@ INLINE void round_rows(const struct feedback_task *task, struct workspace *work,
     }
 }
 
-CLONES static void round_task(const struct feedback_task *task, struct workspace *work) {
+static void round_task(const struct feedback_task *task, struct workspace *work) {
     switch (task->format) {
     case FMT_IQ1_S: round_rows(task, work, iq1_s, unpack_iq1_s, pack_iq1_s); break;
     case FMT_IQ1_M: round_rows(task, work, iq1_m, unpack_iq1_m, pack_iq1_m); break;
@@ -82,7 +82,7 @@ CLONES static void round_task(const struct feedback_task *task, struct workspace
     }
 }
 
-int feed_back_codebooks(const struct feedback_task *task) {
+int THIS_COPY(feed_back_codebooks)(const struct feedback_task *task) {
     struct workspace *work = aligned_alloc(32, (sizeof *work + 31) / 32 * 32);
     if (!work) return set_error("no memory for error feedback");
     round_task(task, work);

@@ -93,7 +93,7 @@ INLINE void feed_back_tiles(const struct feedback_task *task, const struct grid 
     }
 }
 
-CLONES void feed_back_levels(const struct feedback_task *task) {
+void THIS_COPY(feed_back_levels)(const struct feedback_task *task) {
     const struct grid *grid = grid_of(task->format);
     struct lanes rows;
     if (format_table[task->format].rows > 1)

@@ -19,13 +19,6 @@ typedef int32_t mask __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The files that CMakeLists.txt does not compile for every instruction set get a copy for AVX2 so. */
-#if defined(RONDEL_X86) && defined(__GLIBC__) && (defined(__GNUC__) && !defined(__clang__))
-#define CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define CLONES
-#endif
-
 INLINE vec splat(float value) { return (vec){value, value, value, value, value, value, value, value}; }
 
 #ifdef __AVX2__

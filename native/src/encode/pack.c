@@ -192,3 +192,28 @@ void pack_iq4_xs(const struct superblock *from, uint8_t *block) {
     }
     put_half(block + 2, (uint16_t)high);
 }
+
+/* 64 bytes are 16 dwords, one a row; byte b of a dword holds 8 / bits fields, field f is column 4 f + b of the tile. */
+uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
+    int fields = 8 / bits;
+    for (int at = 0; at < columns; at += 4 * fields, to += 64)
+        for (int r = 0; r < PANEL; r++)
+            for (int b = 0; b < 4; b++) {
+                unsigned byte = 0;
+                for (int f = 0; f < fields; f++) byte |= (unsigned)codes[at + 4 * f + b][r] << bits * f;
+                to[4 * r + b] = (uint8_t)byte;
+            }
+    return to;
+}
+
+int tile_bits(int format) {
+    switch (format) {
+    case FMT_U2_64:
+    case FMT_U2_128:
+    case FMT_U2_256: return 2;
+    case FMT_U4_64:
+    case FMT_U4_128:
+    case FMT_U4_256: return 4;
+    default: return 8;
+    }
+}

@@ -146,7 +146,7 @@ INLINE void polish_rows(const struct polish_task *task, struct polishing *state,
     }
 }
 
-CLONES static void polish_task_rows(const struct polish_task *task, struct polishing *state) {
+static void polish_task_rows(const struct polish_task *task, struct polishing *state) {
     switch (task->format) {
     case FMT_IQ1_S: polish_rows(task, state, iq1_s, unpack_iq1_s, pack_iq1_s); break;
     case FMT_IQ1_M: polish_rows(task, state, iq1_m, unpack_iq1_m, pack_iq1_m); break;
@@ -158,7 +158,7 @@ CLONES static void polish_task_rows(const struct polish_task *task, struct polis
     }
 }
 
-int polish_codebooks(const struct polish_task *task) {
+int THIS_COPY(polish_codebooks)(const struct polish_task *task) {
     struct polishing *state = aligned_alloc(32, (sizeof *state + 31) / 32 * 32);
     int failed = 0;
     if (!state) return set_error("no memory for coordinate descent");

@@ -137,7 +137,7 @@ static void store_rows(const struct polish_task *task, const struct grid *grid, 
     }
 }
 
-CLONES void polish_levels(const struct polish_task *task) {
+void THIS_COPY(polish_levels)(const struct polish_task *task) {
     const struct grid *grid = grid_of(task->format);
     struct state rows = {.block = task->block, .moments = task->moments, .depth = grid->unpack_32 ? task->block : 16};
     struct direction a, b;

@@ -50,31 +50,6 @@ INLINE void round_levels(const vec *x, const vec *w, int columns, const struct l
         if (fine_enough((*scale)[l])) (*scale)[l] = half_to_float(scale_to_half((*scale)[l] * unbiased_gain(xx[l], xq[l])));
 }
 
-/* 64 bytes are 16 dwords, one a row; byte b of a dword holds 8 / bits fields, field f is column 4 f + b of the tile. */
-uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
-    int fields = 8 / bits;
-    for (int at = 0; at < columns; at += 4 * fields, to += 64)
-        for (int r = 0; r < PANEL; r++)
-            for (int b = 0; b < 4; b++) {
-                unsigned byte = 0;
-                for (int f = 0; f < fields; f++) byte |= (unsigned)codes[at + 4 * f + b][r] << bits * f;
-                to[4 * r + b] = (uint8_t)byte;
-            }
-    return to;
-}
-
-int tile_bits(int format) {
-    switch (format) {
-    case FMT_U2_64:
-    case FMT_U2_128:
-    case FMT_U2_256: return 2;
-    case FMT_U4_64:
-    case FMT_U4_128:
-    case FMT_U4_256: return 4;
-    default: return 8;
-    }
-}
-
 INLINE vec encode_half_panel(const vec *x, const vec *w, int columns, int bits, int biased, uint8_t (*codes)[PANEL],
                             int half) {
     vec scale;
@@ -91,7 +66,7 @@ INLINE vec encode_half_panel(const vec *x, const vec *w, int columns, int bits, 
     return scale;
 }
 
-CLONES void encode_tiles(const struct encode_task *task, int64_t first, int64_t last) {
+void THIS_COPY(encode_tiles)(const struct encode_task *task, int64_t first, int64_t last) {
     const struct format_traits *traits = &format_table[task->format];
     int columns = traits->columns, bits = tile_bits(task->format);
     uint8_t *to = task->packed + first / PANEL * (task->cols / columns) * traits->bytes;
