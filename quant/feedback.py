@@ -52,8 +52,10 @@ def factorize(moments: torch.Tensor, *, device: str = "cpu") -> Factor:
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed.item():
             _invert(lower)
-            upper = lower.to("cpu", torch.float32).flip(0, 1)
+            inverse = lower.to("cpu", torch.float32)
             del lower
+            upper = inverse.flip(0, 1)
+            del inverse
             if bool(torch.isfinite(upper).all()):
                 return Factor(turned.to("cpu", torch.float32).flip(0, 1), upper)
         damping *= DAMPING_STEP
@@ -89,9 +91,16 @@ def drawn_target(weights: torch.Tensor, factor: Factor, drift: torch.Tensor) -> 
     `drift` (cols, cols) is C - H: the mean of x_float x_quantized^T less that of x_quantized x_quantized^T. W C H^-1
     answers for all errors of the layers before (Li et al. 2025, GPTAQ), and PULL of the way to it is taken.
     """
-    upper = factor.upper.to(torch.float64)
-    moved = weights.to(torch.float64) @ drift.to("cpu", torch.float64)
-    return (weights.to(torch.float64) + PULL * (moved @ upper.T @ upper)).to(torch.float32)
+    whole = weights.to(torch.float64)
+    moved, answer = torch.zeros_like(whole), torch.zeros_like(whole)
+    # Some rows of drift and of U at a time: whole in float64 they would be as large as all else together.
+    for first in range(0, len(drift), COLUMNS):
+        some = slice(first, first + COLUMNS)
+        moved += whole[:, some] @ drift[some].to("cpu", torch.float64)
+    for first in range(0, len(drift), COLUMNS):
+        upper = factor.upper[first : first + COLUMNS].to(torch.float64)
+        answer += moved @ upper.T @ upper
+    return (whole + PULL * answer).to(torch.float32)
 
 
 def feed_back(
