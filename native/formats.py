@@ -84,38 +84,29 @@ def encode_feedback(name: str, weights: Floats, importance: Floats | None, upper
     rounded: columns behind the block take their weights less errors @ U.
     """
     weights = _matrix(weights, "weights")
-    packed = np.empty(format_bytes(name, *weights.shape), np.uint8)
+    rows, block = weights.shape
+    packed = np.empty(format_bytes(name, rows, block), np.uint8)
+    upper = np.ascontiguousarray(upper, np.float32)
+    if upper.shape != (block, block):
+        raise NativeError(f"upper has shape {upper.shape}, expected ({block}, {block}): the block of the weights")
+    column_weights = ffi.NULL
     if importance is not None:
-        importance = _importance(importance, weights.shape[1])
-    return packed, _feed_back(name, packed, weights, importance, upper, keep_scales=False)
-
-
-def reencode_feedback(name: str, packed: Bytes, weights: Floats, upper: Floats) -> tuple[Bytes, Floats]:
-    """As `encode_feedback`, under the scales that the packed block already has: new codes alone."""
-    weights = _matrix(weights, "weights")
-    packed = _checked(name, packed, *weights.shape).copy()
-    return packed, _feed_back(name, packed, weights, None, upper, keep_scales=True)
-
-
-def scales(name: str, packed: Bytes, rows: int, cols: int) -> Floats:
-    """Half-precision scales of packed weights, (rows, blocks, 1 or 2): d, then dmin (K types) or m."""
-    packed = _checked(name, packed, rows, cols)
-    count = check(lib.rondel_format_scales(name.encode()))
-    found = np.empty((rows, cols // formats()[name].block, count), np.float32)
-    check(lib.rondel_read_scales(name.encode(), _pointer("void *", packed), rows, cols, _pointer("float *", found)))
-    return found
-
-
-def with_scales(name: str, packed: Bytes, scales: Floats) -> Bytes:
-    """Packed weights with other scales, (rows, blocks, 1 or 2), rounded to halves, all of which must stay finite."""
-    scales = np.ascontiguousarray(scales, np.float32)
-    count = check(lib.rondel_format_scales(name.encode()))
-    if scales.ndim != 3 or scales.shape[2] != count:
-        raise NativeError(f"scales have shape {scales.shape}, expected (rows, blocks, {count}) for {name}")
-    rows, cols = scales.shape[0], scales.shape[1] * formats()[name].block
-    packed = _checked(name, packed, rows, cols).copy()
-    check(lib.rondel_write_scales(name.encode(), _pointer("float *", scales), rows, cols, _pointer("void *", packed)))
-    return packed
+        importance = _importance(importance, block)
+        column_weights = _pointer("float *", importance)
+    errors = np.empty((rows, block), np.float32)
+    check(
+        lib.rondel_encode_feedback(
+            name.encode(),
+            _pointer("float *", weights),
+            column_weights,
+            _pointer("float *", upper),
+            rows,
+            block,
+            _pointer("void *", packed),
+            _pointer("float *", errors),
+        )
+    )
+    return packed, errors
 
 
 def polishes(name: str) -> bool:
@@ -195,31 +186,6 @@ def _importance(importance: Floats, cols: int) -> Floats:
     if importance.shape != (cols,):
         raise NativeError(f"importance has shape {importance.shape}, expected ({cols},): one value per column")
     return importance
-
-
-def _feed_back(
-    name: str, packed: Bytes, weights: Floats, importance: Floats | None, upper: Floats, *, keep_scales: bool
-) -> Floats:
-    """Codes into `packed`; returns the errors."""
-    rows, block = weights.shape
-    upper = np.ascontiguousarray(upper, np.float32)
-    if upper.shape != (block, block):
-        raise NativeError(f"upper has shape {upper.shape}, expected ({block}, {block}): the block of the weights")
-    errors = np.empty((rows, block), np.float32)
-    check(
-        lib.rondel_encode_feedback(
-            name.encode(),
-            _pointer("float *", weights),
-            ffi.NULL if importance is None else _pointer("float *", importance),
-            _pointer("float *", upper),
-            rows,
-            block,
-            keep_scales,
-            _pointer("void *", packed),
-            _pointer("float *", errors),
-        )
-    )
-    return errors
 
 
 def _checked(name: str, packed: Bytes, rows: int, cols: int) -> Bytes:

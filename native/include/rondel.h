@@ -31,15 +31,11 @@ int32_t rondel_encode(const char *format, const float *weights, const float *imp
                       int32_t threads, void *packed);
 int32_t rondel_format_feeds_back(const char *format);               /* 0: rondel_encode_feedback does not write it */
 /* One block of columns, (rows, block), with error feedback from column to column inside it. importance: (block,) or NULL,
- * of the search for scales; where keep_scales, those in `packed` stay. upper: (block, block), U on and above the diagonal,
- * inverse second moment = U^T U. errors: (rows, block), (weight - decoded) / U_jj of every column when it was rounded;
- * columns behind the block take their weights less errors times U. */
+ * of the search for scales. upper: (block, block), U on and above the diagonal, inverse second moment = U^T U. errors:
+ * (rows, block), (weight - decoded) / U_jj of every column when it was rounded; columns behind the block take their weights
+ * less errors times U. */
 int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
-                               int64_t rows, int64_t block, int32_t keep_scales, void *packed, float *errors);
-int32_t rondel_format_scales(const char *format);                   /* halfs of a block: 0, 1 (d) or 2 (d, dmin or m) */
-/* scales: (rows, blocks, halfs of a block), as they are stored; written ones are rounded to the nearest half */
-int32_t rondel_read_scales(const char *format, const void *packed, int64_t rows, int64_t cols, float *scales);
-int32_t rondel_write_scales(const char *format, const float *scales, int64_t rows, int64_t cols, void *packed);
+                               int64_t rows, int64_t block, void *packed, float *errors);
 int32_t rondel_format_polishes(const char *format);                 /* 0: rondel_polish does not know it */
 /* One sweep of coordinate descent on the output error tr((W - Q) H (W - Q)^T) over the codes of a rounded block of columns,
  * and a new fit of its d and dmin. gradient: (rows, block), the block's columns of (W - Q) H; moments: (block, block) of H. */

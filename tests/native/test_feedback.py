@@ -1,4 +1,4 @@
-"""Error feedback in the encoders: errors against float64, what it gains, hostile input; scales read and written."""
+"""Error feedback in the encoders: errors against float64, what it gains, which scales it chooses, hostile input."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rondel.native.formats import (
-    decode,
-    encode,
-    encode_feedback,
-    feeds_back,
-    formats,
-    reencode_feedback,
-    scales,
-    with_scales,
-)
+from rondel.native.formats import decode, encode, encode_feedback, feeds_back, formats
 from rondel.native.library import NativeError
 from tests.packed import decoded_by_reference
 
@@ -92,12 +83,12 @@ def test_feedback_lowers_the_output_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_kept_scales_give_the_same_bytes(name: str) -> None:
-    weights, upper = some_weights(block_of(name)), factor(second_moment(block_of(name)))
-    packed, _, errors = fed_back(name, weights, upper)
-    again, same = reencode_feedback(name, packed, weights, upper)
-    np.testing.assert_array_equal(again, packed)
-    np.testing.assert_array_equal(same, errors)
+def test_nothing_is_fed_back_without_correlation(name: str) -> None:
+    weights = some_weights(block_of(name))
+    _, decoded, errors = fed_back(name, weights, np.eye(block_of(name), dtype=np.float32))
+    assert np.abs(errors - (weights - decoded)).max() < RECURRENCE * np.abs(errors).max()
+    plain = decode(name, encode(name, weights), *weights.shape)
+    assert (np.square(weights - decoded).sum(1) <= np.square(weights - plain).sum(1)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not formats()[name].tiled])
@@ -150,57 +141,17 @@ def test_hostile_input_is_refused() -> None:
         encode_feedback("Q4_K", weights, None, wild)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_scales_are_those_that_decoding_uses(name: str) -> None:
-    rows, cols = 21, 3 * block_of(name)
-    packed = encode(name, some_weights(cols, rows))
-    found = scales(name, packed, rows, cols)
-    assert found.shape[:2] == (rows, 3)
-    np.testing.assert_array_equal(with_scales(name, packed, found), packed)
-    doubled = found.copy()
-    doubled[4, 1] *= 2
-    expected = decode(name, packed, rows, cols)
-    expected[4, block_of(name) : 2 * block_of(name)] *= 2
-    np.testing.assert_array_equal(decode(name, with_scales(name, packed, doubled), rows, cols), expected)
+# The output error with feedback against the plain search, on inputs that share a few directions. Each bound is the
+# geometric mean of two measurements: the scales that feedback chooses, and codes with feedback under the plain scales.
+CHOSEN = {"Q2_K": 0.084, "Q4_K": 0.045, "Q4_0": 0.064, "IQ2_XXS": 0.026, "IQ1_S": 0.018, "U2-128": 0.022}
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"])
-def test_the_second_scale_is_the_offset(name: str) -> None:
-    cols = block_of(name)
-    packed = encode(name, some_weights(cols))
-    found = scales(name, packed, 24, cols)
-    assert found.shape == (24, 1, 2)
-    found[:, :, 0] = 0
-    offsets = decode(name, with_scales(name, packed, found), 24, cols)
-    found[:, :, 1] *= -2
-    np.testing.assert_array_equal(decode(name, with_scales(name, packed, found), 24, cols), -2 * offsets)
-
-
-def test_scales_that_no_half_holds_are_refused() -> None:
-    packed = encode("IQ1_M", some_weights(512))
-    found = scales("IQ1_M", packed, 24, 512)
-    for value in (np.nan, np.inf, 65520):
-        found[7, 1] = value
-        with pytest.raises(NativeError, match="row 7, block 1"):
-            with_scales("IQ1_M", packed, found)
-    with pytest.raises(NativeError, match=r"expected \(rows, blocks, 2\) for Q4_K"):
-        with_scales("Q4_K", packed, found)
-    with pytest.raises(NativeError, match="F32 has no half-precision scales"):
-        scales("F32", np.zeros((2, 4), np.float32), 2, 4)
-
-
-# Feedback under scales of the plain search, against rows that chose theirs with feedback, on inputs that share a few
-# directions. Measured: 0.10 (Q4_K) to 0.44 (Q4_0) of the error.
-WIDER = 0.6
-
-
-@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q4_0", "IQ2_XXS", "IQ1_S", "U2-128"])
+@pytest.mark.parametrize("name", CHOSEN)
 def test_scales_are_chosen_with_feedback(name: str) -> None:
     block, r = block_of(name), random(2)
     inputs = r.standard_normal((512, 8)) @ r.standard_normal((8, block)) + 0.1 * r.standard_normal((512, block))
     moment = inputs.T @ inputs / 512 + 1e-3 * np.eye(block)
     weights, upper = some_weights(block), factor(moment)
     _, decoded, _ = fed_back(name, weights, upper)
-    kept, _ = reencode_feedback(name, encode(name, weights, 1 / np.diag(upper) ** 2), weights, upper)
-    narrow = output_error(weights, decode(name, kept, *weights.shape), moment)
-    assert output_error(weights, decoded, moment) < WIDER * narrow
+    plain = decode(name, encode(name, weights, 1 / np.diag(upper) ** 2), *weights.shape)
+    assert output_error(weights, decoded, moment) < CHOSEN[name] * output_error(weights, plain, moment)

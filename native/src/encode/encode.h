@@ -56,6 +56,15 @@ struct feedback_task {
     float *errors;        /* (rows, block) */
 };
 #define MOST_FEEDBACK 256 /* columns of the largest block */
+
+/* The scales of its packed block, (rows, scales_of(format)), as they are stored; written ones are rounded to halves. */
+int scales_of(int format); /* 1 (d) or 2 (d, dmin or m) */
+void read_scales(const struct feedback_task *task, float *scales);
+void write_scales(const struct feedback_task *task, const float *scales);
+
+void feed_back_levels(const struct feedback_task *task);    /* every column by itself */
+int feed_back_codebooks(const struct feedback_task *task);  /* codeword after codeword; -1: no memory */
+
 /* One block of columns that is rounded already, and whose codes and scales are moved for the better. */
 struct polish_task {
     int format;
@@ -67,9 +76,6 @@ struct polish_task {
 };
 void polish_levels(const struct polish_task *task);
 int polish_codebooks(const struct polish_task *task); /* -1: no memory */
-
-void feed_back_levels(const struct feedback_task *task);    /* every column by itself */
-int feed_back_codebooks(const struct feedback_task *task);  /* codeword after codeword; -1: no memory */
 
 /* Bits of one block from its codes, in column order, and its stored scales. */
 void pack_q8_0(const uint8_t *codes, uint16_t d, uint8_t *block);

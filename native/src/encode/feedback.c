@@ -70,18 +70,19 @@ static void widen_row(const float *from, int count, float factor, float *to) {
 }
 
 /* Codes and errors under the best scales found for every row, which are those in `packed` times one factor a row. */
-static int round_widening(const struct feedback_task *task, const char *format, int count) {
+static int round_widening(const struct feedback_task *task) {
     int64_t rows = task->rows;
+    int count = scales_of(task->format);
     struct widening *search = malloc((size_t)rows * sizeof *search);
     float *scales = malloc((size_t)rows * (size_t)count * 2 * sizeof *scales), *trial = scales + rows * count;
     int code = search && scales ? 0 : set_error("no memory for the scales of %lld rows", (long long)rows);
-    if (!code) code = rondel_read_scales(format, task->packed, rows, task->block, scales);
+    if (!code) read_scales(task, scales);
     for (int pass = 0; pass <= WIDENINGS + 1 && !code; pass++) {
         for (int64_t row = 0; row < rows && pass > 0; row++)
             widen_row(scales + row * count, count, search[row].best * (pass <= WIDENINGS ? search[row].step : 1),
                       trial + row * count);
-        if (pass > 0) code = rondel_write_scales(format, trial, rows, task->block, task->packed);
-        if (!code) code = round_codes(task);
+        if (pass > 0) write_scales(task, trial);
+        code = round_codes(task);
         for (int64_t row = 0; row < rows && !code && pass <= WIDENINGS; row++) {
             struct widening *of = &search[row];
             double cost = cost_of(task, row);
@@ -99,9 +100,9 @@ static int round_widening(const struct feedback_task *task, const char *format, 
 }
 
 EXPORT int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
-                                      int64_t rows, int64_t block, int32_t keep_scales, void *packed, float *errors) {
-    struct encode_task task = {format_find(format), weights, NULL, rows, block, packed, 1};
+                                      int64_t rows, int64_t block, void *packed, float *errors) {
     float prepared[MOST_FEEDBACK];
+    struct encode_task task = {format_find(format), weights, prepared, rows, block, packed, 1};
     if (task.format < 0) return -1;
     if (!rondel_format_feeds_back(format)) return set_error("rondel does not write %s with error feedback", format);
     int columns = format_table[task.format].columns;
@@ -109,13 +110,8 @@ EXPORT int32_t rondel_encode_feedback(const char *format, const float *weights, 
         return set_error("error feedback in %s takes rows of one block of %d columns, got %lld rows of %lld columns", format,
                          columns, (long long)rows, (long long)block);
     if (check_weights(format, task.format, weights, rows, block) || check_upper(upper, columns)) return -1;
-    if (!keep_scales) {
-        if (prepare_importance(importance, block, prepared)) return -1;
-        task.importance = prepared;
-        encoder_of(task.format)(&task, 0, rows);
-    }
+    if (prepare_importance(importance, block, prepared)) return -1;
+    encoder_of(task.format)(&task, 0, rows);
     struct feedback_task feedback = {task.format, weights, upper, rows, columns, packed, errors};
-    int count = rondel_format_scales(format);
-    if (keep_scales || count == 0 ? round_codes(&feedback) : round_widening(&feedback, format, count)) return -1;
-    return check_errors(&feedback);
+    return round_widening(&feedback) ? -1 : check_errors(&feedback);
 }
