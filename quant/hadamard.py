@@ -1,12 +1,13 @@
 """Owns Hadamard matrices: exact constructions, the canonical plan for a size, the fast transform, and random signs.
 
 The plan and the order of the axes are part of the file format (formats.md, section 3): `native/src/hadamard.c` derives
-the same ones, so a rotation fused here can be undone online there.
+the same ones, so a rotation fused here can be undone online there. Amended before 1.0: squares of primes, and order 172.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -17,6 +18,11 @@ from rondel.converters.rotation import Rotation
 # A base matrix is applied densely: its order is its cost in additions an element. Past this, blocks are better value.
 MAX_BASE_ORDER = 256
 SYLVESTER_LOG2 = 5  # of a dense factor of the power of two
+# 43 divides the hidden layers of some models, and no Paley matrix has an order 43 * 2^k: Williamson's of order 172. All
+# solutions that are constant on the classes were searched for; there is one, up to the choice of the generator.
+WILLIAMSON_ORDER = 172
+WILLIAMSON_CLASSES = 7
+WILLIAMSON_MASKS = (7, 25, 44, 77)  # bit i: -1 on class i
 
 
 @dataclass(frozen=True)
@@ -42,34 +48,42 @@ def _is_power_of_two(number: int) -> bool:
 
 @cache
 def base_orders() -> tuple[int, ...]:
-    """The orders up to MAX_BASE_ORDER that Paley's constructions over a prime give, without the powers of two."""
+    """The orders up to MAX_BASE_ORDER that have a construction here, without the powers of two."""
     candidates = (order for order in range(4, MAX_BASE_ORDER + 1, 4) if not _is_power_of_two(order))
-    return tuple(order for order in candidates if _paley_prime(order))
+    return tuple(order for order in candidates if order == WILLIAMSON_ORDER or _paley_field(order))
 
 
-def _paley_prime(order: int) -> int:
-    """The prime q of Paley I (q = order - 1 = 3 mod 4) or else of Paley II (q = order/2 - 1 = 1 mod 4); 0: neither."""
+def _paley_field(order: int) -> int:
+    """The size q of Paley's field, 0: none. Type I: q = order - 1 = 3 mod 4, a prime.
+
+    Type II, where there is no type I: q = order / 2 - 1 = 1 mod 4, a prime or the square of one.
+    """
     if order % 4 == 0 and _is_prime(order - 1):
         return order - 1
     half = order // 2 - 1
-    return half if order % 4 == 0 and half % 4 == 1 and _is_prime(half) else 0
+    return half if order % 4 == 0 and half % 4 == 1 and (_is_prime(half) or _is_prime(_root(half))) else 0
+
+
+def _root(number: int) -> int:
+    """The square root of a square, else 0."""
+    root = math.isqrt(number)
+    return root if root * root == number else 0
 
 
 @cache
 def base_matrix(order: int) -> torch.Tensor:
-    """A Hadamard matrix of a base order, (order, order) int8, entries +1 and -1 (Paley, 1933).
+    """A Hadamard matrix of a base order, (order, order) int8, entries +1 and -1: Paley's (1933) or Williamson's (1944).
 
-    With Q[i, j] = chi(i - j) mod q: type I is I + [[0, 1], [-1, Q]]; type II puts [[1, -1], [-1, -1]] for the zeros and
-    +-[[1, 1], [1, -1]] for the other entries of [[0, 1], [1, Q]].
+    With Q the differences' characters, Paley I is I + [[0, 1], [-1, Q]]; Paley II puts [[1, -1], [-1, -1]] for the
+    zeros and +-[[1, 1], [1, -1]] for the other entries of [[0, 1], [1, Q]].
     """
-    q = _paley_prime(order)
-    assert q, f"no Paley matrix of order {order}"
-    squares = {i * i % q for i in range(1, q)}
-    chi = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)], dtype=torch.int8)
-    indices = torch.arange(q)
+    if order == WILLIAMSON_ORDER:
+        return _williamson_matrix()
+    q = _paley_field(order)
+    assert q, f"no Hadamard matrix of order {order}"
     core = torch.zeros(q + 1, q + 1, dtype=torch.int8)
     core[0, 1:] = 1
-    core[1:, 1:] = chi[(indices[:, None] - indices[None, :]) % q]
+    core[1:, 1:] = _characters(q)
     if q == order - 1:
         core[1:, 0] = -1
         return core + torch.eye(order, dtype=torch.int8)
@@ -77,6 +91,40 @@ def base_matrix(order: int) -> torch.Tensor:
     pair = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     zero = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
     return torch.kron(core, pair) + torch.kron(torch.eye(q + 1, dtype=torch.int8), zero)
+
+
+def _characters(q: int) -> torch.Tensor:
+    """Q[i, j] = chi(i - j), (q, q) int8: 0, 1 for the squares of GF(q), -1 for the rest.
+
+    In GF(p^2) the element i stands for a + b sqrt(r) with (a, b) = divmod(i, p) and r the least non-square of p; it is
+    a square where its norm a^2 - r b^2 is one of p.
+    """
+    p = _root(q) or q
+    squares = {i * i % p for i in range(1, p)}
+    chi = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)], dtype=torch.int8)
+    indices = torch.arange(q)
+    if p == q:
+        return chi[(indices[:, None] - indices[None, :]) % p]
+    r = next(i for i in range(2, p) if i not in squares)
+    a, b = (part[:, None] - part[None, :] for part in (indices // p, indices % p))
+    return chi[(a * a - r * b * b) % p]
+
+
+def _williamson_matrix() -> torch.Tensor:
+    """Four symmetric circulant matrices with A^2 + B^2 + C^2 + D^2 = 172 I in Williamson's array.
+
+    Their first rows are 1 at 0 and constant on the seven classes {3^k : k = i mod 7} of 43.
+    """
+    p = WILLIAMSON_ORDER // 4
+    classes = {pow(3, k, p): k % WILLIAMSON_CLASSES for k in range(p - 1)}
+    indices = torch.arange(p)
+    differences = (indices[:, None] - indices[None, :]) % p
+    a, b, c, d = (
+        torch.tensor([1] + [1 - 2 * (mask >> classes[i] & 1) for i in range(1, p)], dtype=torch.int8)[differences]
+        for mask in WILLIAMSON_MASKS
+    )
+    rows = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
+    return torch.cat([torch.cat(row, 1) for row in rows])
 
 
 @cache
@@ -106,7 +154,7 @@ def hadamard_plan(size: int) -> HadamardPlan | None:
 def largest_block(size: int) -> int:
     """The largest divisor of a size that has a plan: the block of its block-diagonal Hadamard matrix.
 
-    `size` itself for nearly every model; 4 for 172 = 4 * 43, whose matrix needs another construction than Paley's.
+    `size` itself for nearly every model; 4 for 92 = 4 * 23, whose matrix needs another construction than these.
     """
     return max(divisor for divisor in range(1, size + 1) if size % divisor == 0 and hadamard_plan(divisor))
 

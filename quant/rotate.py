@@ -141,7 +141,7 @@ def _check_hidden(source: Checkpoint, config: RotateConfig) -> None:
         )
     if hadamard_plan(config.hidden) is None:
         raise RondelError(
-            f"there is no Hadamard matrix of order {config.hidden} (Sylvester and Paley); "
+            f"there is no Hadamard matrix of order {config.hidden} (Sylvester, Paley, Williamson); "
             f"the largest block of {size} channels is {largest_block(size)}"
         )
 

@@ -1,5 +1,6 @@
-/* H = H_b1 (x) H_b2 (x) ... (x) Sylvester 2^k: the bases are Paley's matrices over primes, and the plan is the one with the
- * fewest additions an element (sum of the bases + k; ties: fewer bases, then the lexicographically first). */
+/* H = H_b1 (x) H_b2 (x) ... (x) Sylvester 2^k: the bases are Paley's matrices over primes and squares of primes and
+ * Williamson's of order 172, and the plan is the one with the fewest additions an element (sum of the bases + k; ties: fewer
+ * bases, then the lexicographically first). */
 #include "hadamard.h"
 
 #include <math.h>
@@ -12,6 +13,8 @@
 enum {
     MAX_BASE_ORDER = 256, /* as in quant/hadamard.py; part of the format */
     MAX_BASES = 8,        /* 12^9 > 2^31 */
+    WILLIAMSON_ORDER = 172,
+    WILLIAMSON_CLASSES = 7,
     INNER_TILE = 32       /* floats of the output kept in registers while a base is applied */
 };
 
@@ -37,12 +40,21 @@ static int is_prime(int number) {
 
 static int is_power_of_two(int64_t number) { return number > 0 && (number & (number - 1)) == 0; }
 
-/* q of Paley I (q = order - 1 = 3 mod 4), else of Paley II (q = order/2 - 1 = 1 mod 4), else 0. */
-static int paley_prime(int order) {
+/* The prime p with p = number or p^2 = number, else 0. */
+static int prime_of_field(int number) {
+    if (is_prime(number)) return number;
+    for (int p = 2; p * p <= number; p++)
+        if (p * p == number && is_prime(p)) return p;
+    return 0;
+}
+
+/* The size q of the field of Paley I (q = order - 1 = 3 mod 4, prime), else of Paley II (q = order/2 - 1 = 1 mod 4, a prime
+ * or the square of one), else 0. */
+static int paley_field(int order) {
     if (order % 4 != 0) return 0;
     if (is_prime(order - 1)) return order - 1;
     int half = order / 2 - 1;
-    return half % 4 == 1 && is_prime(half) ? half : 0;
+    return half % 4 == 1 && prime_of_field(half) ? half : 0;
 }
 
 /* Bases are tried in ascending order, so among equal costs and counts the first found is the lexicographically first. */
@@ -57,7 +69,7 @@ static void search(int64_t rest, int first, struct plan *chosen, struct plan *be
     }
     if (chosen->count == MAX_BASES) return;
     for (int order = first; order <= MAX_BASE_ORDER; order += 4) {
-        if (rest % order != 0 || is_power_of_two(order) || !paley_prime(order)) continue;
+        if (rest % order != 0 || is_power_of_two(order) || (order != WILLIAMSON_ORDER && !paley_field(order))) continue;
         chosen->bases[chosen->count++] = order;
         chosen->additions += order;
         search(rest / order, order, chosen, best);
@@ -66,27 +78,67 @@ static void search(int64_t rest, int first, struct plan *chosen, struct plan *be
     }
 }
 
-/* Q[i][j] = chi(i - j) mod q. Paley I: I + [[0, 1], [-1, Q]]. Paley II: [[1, -1], [-1, -1]] for the zeros of
- * [[0, 1], [1, Q]], +-[[1, 1], [1, -1]] for the rest. */
-static void fill_base(int order, float *matrix) {
-    int q = paley_prime(order), type1 = q == order - 1;
-    signed char chi[MAX_BASE_ORDER];
-    memset(chi, -1, sizeof chi);
+/* chi[i] of the residues of a prime: 0 for 0, 1 for squares, -1 for the rest; the least non-square is returned. */
+static int characters(int p, signed char *chi) {
+    memset(chi, -1, (size_t)p);
     chi[0] = 0;
-    for (int i = 1; i < q; i++) chi[i * i % q] = 1;
+    for (int i = 1; i < p; i++) chi[i * i % p] = 1;
+    int rest = 2;
+    while (rest < p && chi[rest] == 1) rest++;
+    return rest;
+}
+
+/* Q[i][j] = chi(i - j) in GF(q). Of GF(p^2), i stands for a + b sqrt(r), i = p a + b, r the least non-square of p; it is a
+ * square where its norm a^2 - r b^2 is one of p. Paley I: I + [[0, 1], [-1, Q]]. Paley II: [[1, -1], [-1, -1]] for the zeros
+ * of [[0, 1], [1, Q]], +-[[1, 1], [1, -1]] for the rest. */
+static void fill_paley(int order, float *matrix) {
+    int q = paley_field(order), p = prime_of_field(q), type1 = q == order - 1;
+    signed char chi[MAX_BASE_ORDER];
+    int r = characters(p, chi);
     for (int i = 0; i <= q; i++)
         for (int j = 0; j <= q; j++) {
-            int core = i == 0 ? j != 0 : j == 0 ? (type1 ? -1 : 1) : chi[(i - j + q) % q];
+            int core = i == 0 ? j != 0 : type1 ? -1 : 1;
+            if (i > 0 && j > 0) {
+                int a = (i - 1) / p - (j - 1) / p, b = (i - 1) % p - (j - 1) % p;
+                int norm = p == q ? b : a * a - r * b * b;
+                core = chi[(norm % p + p) % p];
+            }
             if (type1) {
                 matrix[i * order + j] = (float)(core + (i == j));
                 continue;
             }
-            for (int r = 0; r < 2; r++)
-                for (int c = 0; c < 2; c++) {
-                    int value = i == j ? (r || c ? -1 : 1) : (r && c ? -core : core);
-                    matrix[(2 * i + r) * order + 2 * j + c] = (float)value;
+            for (int row = 0; row < 2; row++)
+                for (int col = 0; col < 2; col++) {
+                    int value = i == j ? (row || col ? -1 : 1) : (row && col ? -core : core);
+                    matrix[(2 * i + row) * order + 2 * j + col] = (float)value;
                 }
         }
+}
+
+/* Williamson's array of four symmetric circulant matrices with A^2 + B^2 + C^2 + D^2 = 172 I. Their first rows are 1 at 0 and
+ * constant on the seven classes {3^k : k = i mod 7} of 43; bit i of a mask says -1 on class i. */
+static void fill_williamson(float *matrix) {
+    static const int masks[4] = {7, 25, 44, 77};
+    static const signed char array[4][4] = {{1, 1, 1, 1}, {-1, 1, -1, 1}, {-1, 1, 1, -1}, {-1, -1, 1, 1}};
+    enum { P = WILLIAMSON_ORDER / 4 };
+    signed char first[4][P];
+    for (int which = 0; which < 4; which++) {
+        first[which][0] = 1;
+        for (int k = 0, power = 1; k < P - 1; k++, power = power * 3 % P)
+            first[which][power] = masks[which] >> k % WILLIAMSON_CLASSES & 1 ? -1 : 1;
+    }
+    for (int i = 0; i < WILLIAMSON_ORDER; i++)
+        for (int j = 0; j < WILLIAMSON_ORDER; j++) {
+            int row = i / P, col = j / P, shift = (i % P - j % P + P) % P;
+            matrix[i * WILLIAMSON_ORDER + j] = (float)(array[row][col] * first[row ^ col][shift]);
+        }
+}
+
+static void fill_base(int order, float *matrix) {
+    if (order == WILLIAMSON_ORDER)
+        fill_williamson(matrix);
+    else
+        fill_paley(order, matrix);
 }
 
 void hadamard_free(struct hadamard *hadamard) {
@@ -104,7 +156,7 @@ static int make_plan(int64_t size, int64_t block, struct plan *plan) {
     plan->additions = -1;
     search(block, 4, &chosen, plan);
     if (plan->additions < 0)
-        return set_error("there is no Hadamard matrix of order %lld here (Sylvester and Paley over primes up to %d); "
+        return set_error("there is no Hadamard matrix of order %lld here (Sylvester, Paley and Williamson up to %d); "
                          "the rotation needs smaller blocks", (long long)block, MAX_BASE_ORDER);
     return 0;
 }
