@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks lie in the repository alone", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
+from benchmarks import case as files  # noqa: E402
 from benchmarks import quality  # noqa: E402
 
 DEMO = ROOT / "tests" / "models" / "stories-4m"
@@ -67,9 +68,9 @@ def test_what_was_made_is_made_again_only_for_another_key(tmp_path: Path) -> Non
         (tmp_path / "file").write_text("x", encoding="utf-8")
         return {"told": len(made)}
 
-    assert [quality.kept(tmp_path / "file", key, make)["told"] for key in ("a", "a", "b")] == [1, 1, 2]
+    assert [files.kept(tmp_path / "file", key, make)["told"] for key in ("a", "a", "b")] == [1, 1, 2]
     (tmp_path / "file").unlink()
-    assert quality.kept(tmp_path / "file", "b", make)["told"] == 3
+    assert files.kept(tmp_path / "file", "b", make)["told"] == 3
 
 
 def test_what_failed_is_not_kept(tmp_path: Path) -> None:
@@ -80,13 +81,13 @@ def test_what_failed_is_not_kept(tmp_path: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(SystemExit):
-            quality.kept(tmp_path / "file", "a", fail)
+            files.kept(tmp_path / "file", "a", fail)
 
 
 def test_the_command_asks_for_a_type_or_for_its_bytes() -> None:
-    plain = quality.Wanted("Q2_K", like=False, method="gptq", arguments=())
+    plain = files.Wanted("Q2_K", like=False, method="gptq", arguments=())
     assert (plain.command, plain.name) == (["--type", "Q2_K", "--method", "gptq"], "rondel gptq")
-    like = quality.Wanted("IQ2_M", like=True, method=None, arguments=("--seed", "1"))
+    like = files.Wanted("IQ2_M", like=True, method=None, arguments=("--seed", "1"))
     assert (like.command, like.name) == (["--like", "IQ2_M", "--seed", "1"], "rondel --like --seed 1")
 
 
@@ -104,7 +105,7 @@ def test_a_text_is_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
 def test_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a texts folder beside the repository, and without llama_model_quantize."""
     monkeypatch.setattr(quality, "SHARED", tmp_path / "nowhere")
-    monkeypatch.setattr(quality, "find_quantizer", lambda: None)
+    monkeypatch.setattr(files, "find_quantizer", lambda: None)
     arguments = ["--model", str(DEMO), "--types", "Q2_K", "--windows", "1", "--threads", "2", "--json"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--work", str(tmp_path / "work")])
     quality.main()
@@ -114,6 +115,6 @@ def test_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert ours["kl_ratio"] == pytest.approx(ours["mean_kl"] / theirs["mean_kl"])
     assert ours["tensor_bytes"] == theirs["tensor_bytes"]
     assert told["perplexity"] < min(theirs["perplexity"], ours["perplexity"])
-    monkeypatch.setattr(quality, "rondel", None)  # everything is kept
+    monkeypatch.setattr(files, "rondel", None)  # everything is kept
     quality.main()
     assert json.loads(capsys.readouterr().out) == first
