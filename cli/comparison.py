@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ def measure(
     config: Any,
     importance: Any,
     *,
-    methods: Sequence[str] | None,
+    methods: str | None,
     out: Path | None,
     quiet: bool,
     **running: Any,
 ) -> dict[str, Any]:
-    """The facts that --compare --json prints."""
+    """The facts that --compare --json prints; `methods` by commas."""
     from rondel.quant.compare import compare
 
+    named = None if methods is None else tuple(methods.split(","))
     with console.progress(quiet=quiet) as progress:
-        return compare(source, config, importance, methods=methods, out=out, progress=progress, **running)
+        return compare(source, config, importance, methods=named, out=out, progress=progress, **running)
 
 
 def text(told: dict[str, Any]) -> str:

@@ -18,53 +18,44 @@ from rondel.cli.options import (
     UnusedDeviceOption,
     UnusedSeedOption,
     UnusedThreadsOption,
+    parse_size,
 )
-from rondel.converters.errors import RondelError
 
-UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
-
-
-def parse_size(option: str, text: str) -> int:
-    """A number of bytes, as llama.cpp counts them: "2G" is two thousand million, "2.5G" five hundred more."""
-    digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
-    whole, point, decimals = digits.partition(".")
-    count = int(whole + decimals) * unit // 10 ** len(decimals) if (whole + decimals).isdecimal() else 0
-    if not count or (point and unit == 1):
-        raise RondelError(f"{option} {text}: expected a number of bytes such as 500M or 2.5G")
-    return count
+PathOption = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="The file, or a folder (made if it ends in /) that gets GGUF's usual name.",
+    ),
+]
+FloatTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="F16|F32|BF16",
+        help="For the matrices of a model that is not quantized. Default: as they are stored.",
+    ),
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="SIZE", help="Start a new file after 500M, 2G, ...")
+]
+MaterializeOption = Annotated[bool, typer.Option("--materialize", help="Write layers that run twice as two layers.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="The model's name in the file. Default: its folder's.")]
+PreOption = Annotated[
+    str | None, typer.Option("--pre", help="llama.cpp's name of the pre-tokenizer, where rondel does not know it.")
+]
 
 
 def export(
     model: ModelArgument,
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="The file, or a folder (made if it ends in /) that gets GGUF's usual name.",
-        ),
-    ],
-    type_: Annotated[
-        str | None,
-        typer.Option(
-            "--type",
-            metavar="F16|F32|BF16",
-            help="For the matrices of a model that is not quantized. Default: as they are stored.",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="SIZE", help="Start a new file after 500M, 2G, ...")
-    ] = None,
-    materialize: Annotated[
-        bool, typer.Option("--materialize", help="Write layers that run twice as two layers.")
-    ] = False,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The model's name in the file. Default: its folder's.")
-    ] = None,
-    pre: Annotated[
-        str | None, typer.Option("--pre", help="llama.cpp's name of the pre-tokenizer, where rondel does not know it.")
-    ] = None,
+    output: PathOption,
+    type_: FloatTypeOption = None,
+    split: SplitOption = None,
+    materialize: MaterializeOption = False,
+    name: NameOption = None,
+    pre: PreOption = None,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
     threads: UnusedThreadsOption = None,

@@ -1,4 +1,4 @@
-"""The options that several commands share, as types: one name, one help text."""
+"""The options that several commands share, as types: one name, one help text; and how a size is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from rondel.converters.errors import RondelError
 
 Target = Literal["llama.cpp", "rondel"]
 
@@ -97,3 +99,15 @@ CacheOption = Annotated[
 ReplicationOption = Annotated[
     bool, typer.Option("--replication/--no-replication", help="Run replicated layers as the file says, or once.")
 ]
+
+UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_size(option: str, text: str) -> int:
+    """A number of bytes, as llama.cpp counts them: "2G" is two thousand million, "2.5G" five hundred more."""
+    digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
+    whole, point, decimals = digits.partition(".")
+    count = int(whole + decimals) * unit // 10 ** len(decimals) if (whole + decimals).isdecimal() else 0
+    if not count or (point and unit == 1):
+        raise RondelError(f"{option} {text}: expected a number of bytes such as 500M or 2.5G")
+    return count

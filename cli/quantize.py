@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rondel.cli import comparison, console
-from rondel.cli.export import parse_size
 from rondel.cli.options import (
     DeviceOption,
     DryRunOption,
@@ -20,9 +19,117 @@ from rondel.cli.options import (
     StatsOption,
     TargetOption,
     UnusedSeedOption,
+    parse_size,
 )
 from rondel.cli.report import check_report, write_report
 from rondel.converters.errors import RondelError
+
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="The folder to write; it appears when it is complete. With --compare: keeps a model of each method.",
+    ),
+]
+TypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128. Default: Q4_K_M.",
+    ),
+]
+BitsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--bpw",
+        metavar="BITS",
+        help="Instead of --type: the formats that lose least at so many bits a weight. Needs --stats.",
+    ),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", metavar="SIZE", help="The same, for a GGUF file of at most 900M, 2.5G, ...")
+]
+LikeOption = Annotated[
+    str | None,
+    typer.Option("--like", metavar="TYPE", help="The same, for a file as large as llama.cpp's mixture, or smaller."),
+]
+ImatrixOption = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="An imatrix GGUF of llama.cpp, instead of --stats.")
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="METHOD",
+        help="rtn: round to nearest. imatrix: columns count by their statistics. gptq: error feedback as well. "
+        "awq+ or smoothquant+ in front folds channel scales into norms and earlier linears; awq alone means "
+        "awq+imatrix. auto tries all on some layers. Default: gptq where --stats hold their text, else imatrix.",
+    ),
+]
+GranularityOption = Annotated[
+    Literal["group", "channel", "tensor"],
+    typer.Option(
+        "--granularity",
+        metavar="group|channel|tensor",
+        help="With rtn: which weights share a scale. Q4_0, Q5_0, Q8_0, U2, U4 and U8 round symmetrically, Q4_1 and "
+        "Q5_1 with an offset; the other formats know groups alone.",
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        metavar="0..1",
+        help="How far awq or smoothquant scales. Default: awq measures it group by group, smoothquant takes 0.5.",
+    ),
+]
+SequentialOption = Annotated[
+    bool,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="With gptq: calibrate each matrix behind the ones that are rounded already, or on the float model.",
+    ),
+]
+AsymmetricOption = Annotated[
+    bool,
+    typer.Option(
+        "--asymmetric/--no-asymmetric",
+        help="With gptq: let each matrix make up for what the ones before it lost. Runs the float model too.",
+    ),
+]
+PureOption = Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")]
+TensorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor",
+        metavar="PATTERN=FORMAT",
+        help="For matrices whose name matches PATTERN, a regular expression. May be repeated.",
+    ),
+]
+EmbeddingTypeOption = Annotated[
+    str | None, typer.Option("--embedding-type", metavar="FORMAT", help="Of the token embedding.")
+]
+OutputTypeOption = Annotated[
+    str | None, typer.Option("--output-type", metavar="FORMAT", help="Of the head that makes the logits.")
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write what became of every tensor: a page (.html), or its facts (.json).",
+    ),
+]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Quantize by every method, print one table, and need no -o.")
+]
+MethodsOption = Annotated[
+    str | None,
+    typer.Option("--methods", metavar="A,B,...", help="With --compare: these. Default: all that can be used."),
+]
 
 
 def parse_override(text: str) -> tuple[str, str]:
@@ -35,115 +142,25 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def quantize(
     model: ModelArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="The folder to write; it appears when it is complete. With --compare: keeps a model of each method.",
-        ),
-    ] = None,
-    type_: Annotated[
-        str | None,
-        typer.Option(
-            "--type",
-            metavar="TYPE",
-            help="A mixture such as Q4_K_M or a format such as Q4_K, Q2_K, U4-128. Default: Q4_K_M.",
-        ),
-    ] = None,
-    bpw: Annotated[
-        float | None,
-        typer.Option(
-            "--bpw",
-            metavar="BITS",
-            help="Instead of --type: the formats that lose least at so many bits a weight. Needs --stats.",
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="The same, for a GGUF file of at most 900M, 2.5G, ...")
-    ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            "--like", metavar="TYPE", help="The same, for a file as large as llama.cpp's mixture, or smaller."
-        ),
-    ] = None,
+    output: FolderOption = None,
+    type_: TypeOption = None,
+    bpw: BitsOption = None,
+    size: SizeOption = None,
+    like: LikeOption = None,
     stats: StatsOption = None,
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", metavar="FILE", help="An imatrix GGUF of llama.cpp, instead of --stats.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="METHOD",
-            help="rtn: round to nearest. imatrix: columns count by their statistics. gptq: error feedback as well. "
-            "awq+ or smoothquant+ in front folds channel scales into norms and earlier linears; awq alone means "
-            "awq+imatrix. auto tries all on some layers. Default: gptq where --stats hold their text, else imatrix.",
-        ),
-    ] = None,
-    granularity: Annotated[
-        Literal["group", "channel", "tensor"],
-        typer.Option(
-            "--granularity",
-            metavar="group|channel|tensor",
-            help="With rtn: which weights share a scale. Q4_0, Q5_0, Q8_0, U2, U4 and U8 round symmetrically, Q4_1 and "
-            "Q5_1 with an offset; the other formats know groups alone.",
-        ),
-    ] = "group",
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            "--alpha",
-            metavar="0..1",
-            help="How far awq or smoothquant scales. Default: awq measures it group by group, smoothquant takes 0.5.",
-        ),
-    ] = None,
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential/--no-sequential",
-            help="With gptq: calibrate each matrix behind the ones that are rounded already, or on the float model.",
-        ),
-    ] = True,
-    asymmetric: Annotated[
-        bool,
-        typer.Option(
-            "--asymmetric/--no-asymmetric",
-            help="With gptq: let each matrix make up for what the ones before it lost. Runs the float model too.",
-        ),
-    ] = True,
-    pure: Annotated[bool, typer.Option("--pure", help="The same format for every matrix.")] = False,
-    tensor: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tensor",
-            metavar="PATTERN=FORMAT",
-            help="For matrices whose name matches PATTERN, a regular expression. May be repeated.",
-        ),
-    ] = None,
-    embedding_type: Annotated[
-        str | None, typer.Option("--embedding-type", metavar="FORMAT", help="Of the token embedding.")
-    ] = None,
-    output_type: Annotated[
-        str | None, typer.Option("--output-type", metavar="FORMAT", help="Of the head that makes the logits.")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            metavar="FILE",
-            help="Write what became of every tensor: a page (.html), or its facts (.json).",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Quantize by every method, print one table, and need no -o.")
-    ] = False,
-    methods: Annotated[
-        str | None,
-        typer.Option("--methods", metavar="A,B,...", help="With --compare: these. Default: all that can be used."),
-    ] = None,
+    imatrix: ImatrixOption = None,
+    method: MethodOption = None,
+    granularity: GranularityOption = "group",
+    alpha: AlphaOption = None,
+    sequential: SequentialOption = True,
+    asymmetric: AsymmetricOption = True,
+    pure: PureOption = False,
+    tensor: TensorOption = None,
+    embedding_type: EmbeddingTypeOption = None,
+    output_type: OutputTypeOption = None,
+    report: ReportOption = None,
+    compare: CompareOption = False,
+    methods: MethodsOption = None,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
     jobs: JobsOption = None,
@@ -173,14 +190,8 @@ def quantize(
     from rondel.converters.stats import stats_for
     from rondel.quant import quantize as stage
     from rondel.quant.importance import open_imatrix
-    from rondel.quant.report import report_of
 
-    if methods is not None and not compare:
-        raise typer.BadParameter("--methods names what to --compare; one method alone is --method")
-    if compare and (method or dry_run or report):
-        raise typer.BadParameter("--compare takes --methods, and neither --method nor --dry-run nor --report")
-    if output is None and not compare:
-        raise typer.BadParameter("there is no folder to write: give -o DIR")
+    _check_output(output, compare=compare, methods=methods, single=bool(method or dry_run or report))
     if stats and imatrix:
         raise RondelError("--stats and --imatrix say the same thing twice; give one of them")
     config = stage.QuantizeConfig(
@@ -201,35 +212,43 @@ def quantize(
         seed=seed,
     )
     if report:
-        if dry_run or compare:
-            raise RondelError("--report tells of a model that was written; leave out --dry-run or --compare")
+        if dry_run:
+            raise RondelError("--report tells of a model that was written; leave out --dry-run")
         check_report(report)
     source = open_checkpoint(model)
-    importance = open_imatrix(imatrix) if imatrix else stats_for(source, stats)
+    given = source, config, open_imatrix(imatrix) if imatrix else stats_for(source, stats)
+    running: dict[str, Any] = {"threads": jobs, "device": device}
     if compare:
-        named = None if methods is None else tuple(methods.split(","))
-        running = {"threads": jobs, "device": device, "force": force}
-        told = comparison.measure(source, config, importance, methods=named, out=output, quiet=quiet, **running)
+        told = comparison.measure(*given, methods=methods, out=output, quiet=quiet, force=force, **running)
         return console.result(told, comparison.text(told), as_json=as_json, quiet=quiet)
     assert output is not None
     if dry_run:
         with console.progress(quiet=quiet) as progress:
-            planned = stage.plan(source, config, importance, threads=jobs, device=device, progress=progress)
+            planned = stage.plan(*given, progress=progress, **running)
         return console.plan(planned, as_json=as_json)
     with console.progress(quiet=quiet) as progress:
-        made = stage.quantize(
-            source, output, config, importance, threads=jobs, device=device, force=force, progress=progress
-        )
-    if report:
-        write_report(report, report_of(made.manifest))
-    if not quiet:
-        warn(made.manifest["quantization"])
+        made = stage.quantize(source, output, *given[1:], force=force, progress=progress, **running)
+    _tell(made.manifest, report, quiet=quiet)
     return console.result(*console.written("quantize", output, made.manifest), as_json=as_json, quiet=quiet)
 
 
-def warn(quantization: dict[str, Any]) -> None:
-    """Say on standard error what did not go as asked: warnings, and the matrices that fell back to another format."""
-    from rondel.quant.report import fallbacks
+def _check_output(output: Path | None, *, compare: bool, methods: str | None, single: bool) -> None:
+    """One model is written, or several are compared; `single`: an option is there that makes sense for one."""
+    if methods is not None and not compare:
+        raise typer.BadParameter("--methods names what to --compare; one method alone is --method")
+    if compare and single:
+        raise typer.BadParameter("--compare takes --methods, and neither --method nor --dry-run nor --report")
+    if output is None and not compare:
+        raise typer.BadParameter("there is no folder to write: give -o DIR")
 
-    for sentence in [*quantization["warnings"], *fallbacks(quantization["tensors"].values())]:
-        console.warn(sentence)
+
+def _tell(manifest: dict[str, Any], report: Path | None, *, quiet: bool) -> None:
+    """Write the report, and say on standard error what did not go as asked: warnings, matrices of another format."""
+    from rondel.quant.report import fallbacks, report_of
+
+    if report:
+        write_report(report, report_of(manifest))
+    if not quiet:
+        quantization = manifest["quantization"]
+        for sentence in [*quantization["warnings"], *fallbacks(quantization["tensors"].values())]:
+            console.warn(sentence)

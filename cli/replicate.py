@@ -21,37 +21,43 @@ from rondel.cli.options import (
     UnusedSeedOption,
 )
 
+LayerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="N:MODE:COPIES[:OPTION]",
+        help="Run layer N (from 0) COPIES more times: serial after itself, or parallel, merged by mean, sum or "
+        "weighted_sum. May be repeated. Without it, rondel chooses (and chooses none yet).",
+    ),
+]
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option("--teacher", metavar="MODEL", help="The unquantized model that the copies are judged by."),
+]
+GateOption = Annotated[
+    float | None, typer.Option("--gate", help="How much a copy adds. Default: 1 in a mean, else 0.1.")
+]
+CopiesCacheOption = Annotated[
+    Literal["own", "shared"] | None,
+    typer.Option(
+        "--kv",
+        metavar="own|shared",
+        help="Keys and values of the copies. Default: own where serial, shared where parallel.",
+    ),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Programs that cannot run the copies shall refuse the file.")
+]
+
 
 def replicate(
     model: ModelArgument,
     output: OutputOption,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--layer",
-            metavar="N:MODE:COPIES[:OPTION]",
-            help="Run layer N (from 0) COPIES more times: serial after itself, or parallel, merged by mean, sum or "
-            "weighted_sum. May be repeated. Without it, rondel chooses (and chooses none yet).",
-        ),
-    ] = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option("--teacher", metavar="MODEL", help="The unquantized model that the copies are judged by."),
-    ] = None,
-    gate: Annotated[
-        float | None, typer.Option("--gate", help="How much a copy adds. Default: 1 in a mean, else 0.1.")
-    ] = None,
-    kv: Annotated[
-        Literal["own", "shared"] | None,
-        typer.Option(
-            "--kv",
-            metavar="own|shared",
-            help="Keys and values of the copies. Default: own where serial, shared where parallel.",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Programs that cannot run the copies shall refuse the file.")
-    ] = False,
+    layer: LayerOption = None,
+    teacher: TeacherOption = None,
+    gate: GateOption = None,
+    kv: CopiesCacheOption = None,
+    strict: StrictOption = False,
     seed: UnusedSeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
