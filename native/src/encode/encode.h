@@ -87,9 +87,10 @@ void pack_block(int format, const uint8_t *codes, float scale, float offset, uin
 /* Codes -1, 0, .. as 0, 1, .. (Q1_0: 0 and 1) of one block of TQ1_0, TQ2_0, Q2_0 or Q1_0. */
 void pack_few_levels(int format, const uint8_t *codes, uint16_t d, uint8_t *block);
 
-/* A panel of 16 rows of U2, U4 or U8 without its scales; returns the end of what it wrote. */
+/* A panel of 16 rows of U2, U4 or U8 without its scales, or one row of it; returns the end of what it wrote. */
 #define PANEL 16
 int tile_bits(int format);
+void pack_tile_row(const uint8_t *codes, int columns, int bits, int row, uint8_t *panel);
 uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to);
 
 /* A K type's superblock between choice and packing: scales and mins are small whole numbers. */

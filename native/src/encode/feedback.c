@@ -17,8 +17,7 @@
 
 EXPORT int32_t rondel_format_feeds_back(const char *format) {
     int index = format_find(format);
-    if (index < 0 || !encoder_of(index) || encoder_of(index) == encode_few_levels) return 0;
-    return format_table[index].columns > 1;
+    return index >= 0 && encoder_of(index) && format_table[index].columns > 1;
 }
 
 static int check_upper(const float *upper, int block) {

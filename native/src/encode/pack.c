@@ -194,16 +194,23 @@ void pack_iq4_xs(const struct superblock *from, uint8_t *block) {
 }
 
 /* 64 bytes are 16 dwords, one a row; byte b of a dword holds 8 / bits fields, field f is column 4 f + b of the tile. */
-uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
+void pack_tile_row(const uint8_t *codes, int columns, int bits, int row, uint8_t *panel) {
     int fields = 8 / bits;
-    for (int at = 0; at < columns; at += 4 * fields, to += 64)
-        for (int r = 0; r < PANEL; r++)
-            for (int b = 0; b < 4; b++) {
-                unsigned byte = 0;
-                for (int f = 0; f < fields; f++) byte |= (unsigned)codes[at + 4 * f + b][r] << bits * f;
-                to[4 * r + b] = (uint8_t)byte;
-            }
-    return to;
+    for (int at = 0; at < columns; at += 4 * fields, panel += 64)
+        for (int b = 0; b < 4; b++) {
+            unsigned byte = 0;
+            for (int f = 0; f < fields; f++) byte |= (unsigned)codes[at + 4 * f + b] << bits * f;
+            panel[4 * row + b] = (uint8_t)byte;
+        }
+}
+
+uint8_t *pack_tiles(uint8_t (*codes)[PANEL], int columns, int bits, uint8_t *to) {
+    uint8_t row[MOST_FEEDBACK];
+    for (int r = 0; r < PANEL; r++) {
+        for (int c = 0; c < columns; c++) row[c] = codes[c][r];
+        pack_tile_row(row, columns, bits, r, to);
+    }
+    return to + PANEL * columns * bits / 8;
 }
 
 int tile_bits(int format) {

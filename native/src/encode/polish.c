@@ -6,8 +6,7 @@
 #include <math.h>
 
 EXPORT int32_t rondel_format_polishes(const char *format) {
-    int index = format_find(format);
-    return index >= 0 && rondel_format_feeds_back(format) && format_table[index].rows == 1;
+    return rondel_format_feeds_back(format);
 }
 
 static int check_moments(const float *moments, int block) {

@@ -31,7 +31,7 @@ INLINE void sweep_codes(const struct grid *grid, struct state *rows) {
         int s = j / rows->depth;
         vec scale = rows->d * rows->k[s];
         mask code;
-        vec wish = rows->level[j] + rows->gradient[j] * inverse(scale * h[j]);
+        vec wish = rows->level[j] + rows->gradient[j] * finite_inverse(scale * h[j]);
         vec level = round_level(grid, wish, &code), step = scale * (level - rows->level[j]);
         if (is_zero(step)) continue;
         rows->level[j] = level;
@@ -53,8 +53,8 @@ INLINE vec along(const struct state *rows, const vec *a, const vec *b) {
     return total;
 }
 
-/* The halves nearest to d and dmin with their best changes; lanes that would not gain keep what they have. */
-INLINE void refit_scales(struct state *rows, int with_min, struct direction *a, struct direction *b) {
+/* The stored numbers nearest to d and dmin with their best changes; lanes that would not gain keep what they have. */
+INLINE void refit_scales(int format, struct state *rows, int with_min, struct direction *a, struct direction *b) {
     vec aa, ab = splat(0), bb = splat(0), ga, gb = splat(0), to_d, to_min = splat(0);
     for (int j = 0; j < rows->block; j++) a->step[j] = rows->k[j / rows->depth] * rows->level[j];
     follow(rows, a);
@@ -72,8 +72,8 @@ INLINE void refit_scales(struct state *rows, int with_min, struct direction *a, 
     to_d = pick(joint, ratio(ga * bb - gb * ab, determinant), ratio(ga, aa));
     to_min = pick(joint, ratio(gb * aa - ga * ab, determinant), splat(0));
     for (int l = 0; l < LANES; l++) {
-        to_d[l] = half_to_float(scale_to_half(rows->d[l] + to_d[l])) - rows->d[l];
-        to_min[l] = with_min ? half_to_float(scale_to_half(rows->dmin[l] + to_min[l])) - rows->dmin[l] : 0;
+        to_d[l] = storable_scale(format, rows->d[l] + to_d[l]) - rows->d[l];
+        to_min[l] = with_min ? storable_scale(format, rows->dmin[l] + to_min[l]) - rows->dmin[l] : 0;
     }
     vec change = to_d * (to_d * aa + 2.0f * to_min * ab - 2.0f * ga) + to_min * (to_min * bb - 2.0f * gb);
     to_d = pick(change < 0.0f, to_d, splat(0));
@@ -84,67 +84,46 @@ INLINE void refit_scales(struct state *rows, int with_min, struct direction *a, 
         rows->gradient[i] -= to_d * a->fall[i] + (with_min ? to_min * b->fall[i] : splat(0));
 }
 
-static void load_superblock(const struct grid *grid, const uint8_t *block, int lane, struct state *to) {
-    struct unpacked_256 old;
-    grid->unpack_256(block, &old);
-    to->d[lane] = old.scale;
-    to->dmin[lane] = old.min;
-    for (int s = 0; s < 16; s++) {
-        to->k[s][lane] = old.scales[s];
-        to->m[s][lane] = old.mins[s];
-    }
-    for (int j = 0; j < 256; j++) to->level[j][lane] = old.codes[j];
-}
-
-static void load_block(const struct grid *grid, const uint8_t *block, int lane, struct state *to) {
-    struct unpacked_32 old;
-    grid->unpack_32(block, &old);
-    to->d[lane] = old.scale;
-    to->dmin[lane] = old.offset;
-    to->k[0][lane] = to->m[0][lane] = 1;
-    for (int j = 0; j < 32; j++) to->level[j][lane] = old.codes[j];
-}
-
-static void load_rows(const struct polish_task *task, const struct grid *grid, int64_t row, struct state *to) {
-    int bytes = format_table[task->format].bytes;
+static void load_rows(const struct polish_task *task, int64_t row, struct state *to) {
+    struct leveled block;
     to->d = to->dmin = splat(0);
     for (int s = 0; s < 16; s++) to->k[s] = to->m[s] = splat(0);
     for (int j = 0; j < task->block; j++) to->level[j] = to->gradient[j] = splat(0);
     for (int l = 0; l < LANES && row + l < task->rows; l++) {
-        const uint8_t *block = task->packed + (row + l) * bytes;
-        if (grid->unpack_32)
-            load_block(grid, block, l, to);
-        else
-            load_superblock(grid, block, l, to);
-        for (int j = 0; j < task->block; j++) to->gradient[j][l] = task->gradient[(row + l) * task->block + j];
+        read_levels(task->format, task->packed, row + l, &block);
+        to->depth = block.depth;
+        to->d[l] = block.d;
+        to->dmin[l] = block.dmin;
+        for (int s = 0; s < task->block / block.depth; s++) {
+            to->k[s][l] = block.k[s];
+            to->m[s][l] = block.m[s];
+        }
+        for (int j = 0; j < task->block; j++) {
+            to->level[j][l] = block.level[j];
+            to->gradient[j][l] = task->gradient[(row + l) * task->block + j];
+        }
     }
 }
 
 static void store_rows(const struct polish_task *task, const struct grid *grid, int64_t row, const struct state *from) {
-    int bytes = format_table[task->format].bytes;
     uint8_t codes[LANES][MOST_FEEDBACK];
     for (int j = 0; j < task->block; j++) {
         mask code;
         round_level(grid, from->level[j], &code);
         for (int l = 0; l < LANES; l++) codes[l][j] = (uint8_t)code[l];
     }
-    for (int l = 0; l < LANES && row + l < task->rows; l++) {
-        uint8_t *block = task->packed + (row + l) * bytes;
-        if (grid->unpack_32)
-            pack_block(task->format, codes[l], from->d[l], -from->dmin[l], block);
-        else
-            repack_superblock(grid, codes[l], from->d[l], from->dmin[l], block);
-    }
+    for (int l = 0; l < LANES && row + l < task->rows; l++)
+        write_levels(task->format, codes[l], from->d[l], from->dmin[l], row + l, task->packed);
 }
 
 void THIS_COPY(polish_levels)(const struct polish_task *task) {
     const struct grid *grid = grid_of(task->format);
-    struct state rows = {.block = task->block, .moments = task->moments, .depth = grid->unpack_32 ? task->block : 16};
+    struct state rows = {.block = task->block, .moments = task->moments};
     struct direction a, b;
     for (int64_t row = 0; row < task->rows; row += LANES) {
-        load_rows(task, grid, row, &rows);
+        load_rows(task, row, &rows);
         sweep_codes(grid, &rows);
-        refit_scales(&rows, grid->with_min, &a, &b);
+        refit_scales(task->format, &rows, grid->with_min, &a, &b);
         store_rows(task, grid, row, &rows);
     }
 }

@@ -67,20 +67,15 @@ static void decode_blocks_of_256(unpack_256 unpack, const uint8_t *row, int64_t 
     }
 }
 
-/* Row r (0..15) of a panel. Dword r of each 64-byte tile belongs to it; byte b, field f is column 4 f + b. */
+/* Row r (0..15) of a panel. */
 static void decode_tile_row(const struct format_traits *traits, const uint8_t *panel, int64_t cols, int r, float *out) {
-    int bits = (traits->bytes - 32) * 8 / (16 * traits->columns), fields = 8 / bits;
+    int bits = (traits->bytes - 32) * 8 / (16 * traits->columns);
     float zero = bits == 2 ? 1.5f : bits == 4 ? 8.0f : 0.0f;
     for (int64_t group = 0; group < cols / traits->columns; group++, panel += traits->bytes) {
         uint16_t half;
         memcpy(&half, panel + traits->bytes - 32 + 2 * r, 2);
         float scale = half_to_float(half);
-        for (int c = 0; c < traits->columns; c++) {
-            int tile = c / (4 * fields), field = c % (4 * fields) / 4, code;
-            uint8_t byte = panel[64 * tile + 4 * r + c % 4];
-            code = bits == 8 ? (int8_t)byte : byte >> field * bits & ((1 << bits) - 1);
-            *out++ = scale * ((float)code - zero);
-        }
+        for (int c = 0; c < traits->columns; c++) *out++ = scale * ((float)tile_code(panel, bits, r, c) - zero);
     }
 }
 

@@ -19,6 +19,14 @@ struct unpacked_256 {
 
 static inline float half_at(const uint8_t bytes[2]) { return half_to_float(bytes[0] | bytes[1] << 8); }
 
+/* Code of a row (0..15) and column in one group of a panel: dword `row` of each 64-byte tile is the row's, and field f of
+ * its byte b is column 4 f + b. */
+static inline int tile_code(const uint8_t *group, int bits, int row, int column) {
+    int across = 32 / bits, field = column % across / 4;
+    uint8_t byte = group[64 * (column / across) + 4 * row + column % 4];
+    return bits == 8 ? (int8_t)byte : byte >> field * bits & ((1 << bits) - 1);
+}
+
 static inline void unpack_nibbles(const uint8_t bytes[16], int8_t codes[32]) {
     for (int j = 0; j < 16; j++) {
         codes[j] = bytes[j] & 15;
