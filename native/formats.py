@@ -109,11 +109,6 @@ def encode_feedback(name: str, weights: Floats, importance: Floats | None, upper
     return packed, errors
 
 
-def polishes(name: str) -> bool:
-    """Whether `polish` knows this format."""
-    return bool(lib.rondel_format_polishes(name.encode()))
-
-
 def polish(name: str, packed: Bytes, gradient: Floats, moments: Floats) -> Bytes:
     """One sweep of coordinate descent over a rounded block of columns, and a new fit of its scales (QuantEase).
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rondel.native.formats import Bytes, decode, encode_feedback, formats, polish, polishes
+from rondel.native.formats import Bytes, decode, encode_feedback, format_bytes, formats, polish
 from rondel.quant.workers import Workers
 
 PULL = 0.5  # of the way to the target drawn by the float stream: the whole way also follows what is chance in the text
@@ -134,10 +134,10 @@ class _Piece:
 
     def rounded(self, sweeps: int) -> Bytes:
         packed = self._first_pass()
-        if sweeps and polishes(self.format):
+        if sweeps:
             self._polish(packed, sweeps)
-        stored_rows = -(-len(self.weights) // 16) if formats()[self.format].tiled else len(self.weights)
-        return np.stack([part.reshape(stored_rows, -1) for part in packed], axis=1).reshape(-1)
+        stored = format_bytes(self.format, 1, self.block)  # one row alone takes as much as a whole panel
+        return np.stack([part.reshape(-1, stored) for part in packed], axis=1).reshape(-1)
 
     def _first_pass(self) -> list[Bytes]:
         """Packed blocks of columns; every block's errors are taken out of the columns behind it."""

@@ -36,7 +36,6 @@ int32_t rondel_format_feeds_back(const char *format);               /* 0: rondel
  * less errors times U. */
 int32_t rondel_encode_feedback(const char *format, const float *weights, const float *importance, const float *upper,
                                int64_t rows, int64_t block, void *packed, float *errors);
-int32_t rondel_format_polishes(const char *format);                 /* 0: rondel_polish does not know it */
 /* One sweep of coordinate descent on the output error tr((W - Q) H (W - Q)^T) over the codes of a rounded block of columns,
  * and a new fit of its d and dmin. gradient: (rows, block), the block's columns of (W - Q) H; moments: (block, block) of H. */
 int32_t rondel_polish(const char *format, const float *gradient, const float *moments, int64_t rows, int64_t block,

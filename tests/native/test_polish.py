@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 
-from rondel.native.formats import decode, encode, encode_feedback, formats, polish, polishes
+from rondel.native.formats import decode, encode, encode_feedback, feeds_back, formats, polish
 from rondel.native.library import NativeError
+from tests.packed import decoded_by_reference
 
 from .test_feedback import factor, output_error, second_moment, some_weights
 
-FORMATS = tuple(name for name in formats() if polishes(name))
+FORMATS = tuple(name for name in formats() if feeds_back(name))
 
 # The gradient is float32: a move that is worth less than its rounding may be taken the wrong way.
 ROUNDING = 1 + 1e-5
@@ -59,12 +59,12 @@ def test_without_a_gradient_nothing_moves(name: str) -> None:
     assert np.array_equal(decode(name, kept, 24, block), decode(name, packed, 24, block))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name in gguf.GGMLQuantizationType.__members__])
+@pytest.mark.parametrize("name", [name for name in FORMATS if not formats()[name].tiled])
 def test_gguf_decodes_polished_blocks_alike(name: str) -> None:
     block = formats()[name].block
     weights, moment = some_weights(block), second_moment(block)
     packed = polished(name, encode(name, weights), weights, moment)
-    theirs = gguf.quants.dequantize(packed.reshape(len(weights), -1), gguf.GGMLQuantizationType[name])
+    theirs = decoded_by_reference(name, packed, len(weights))
     assert np.array_equal(theirs, decode(name, packed, *weights.shape))
 
 

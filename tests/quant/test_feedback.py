@@ -16,7 +16,7 @@ from rondel.quant.workers import Workers
 
 ROWS, COLS = 70, 512
 ROUNDED = 1e-6  # the factor is handed on in float32
-# Output error against plain rounding weighted by the diagonal, on the inputs below. Measured: 0.36 to 0.45.
+# Output error against plain rounding weighted by the diagonal, on the inputs below. Measured: 0.26 to 0.45.
 GAIN = 0.6
 # What the sweeps take off the output error behind the first pass. Measured: 0.78 (Q2_K) to 0.9.
 SWEPT = 0.95
@@ -78,7 +78,9 @@ def test_a_large_moment_is_factored_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "format", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_0", "Q5_1"]
+    "format",
+    ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_0", "Q5_1"]
+    + ["TQ2_0", "Q1_0", "Q2_0", "MXFP4", "U2-128", "U4-64"],
 )
 def test_feedback_beats_plain_rounding(format: str) -> None:
     weights, moments = some_weights(), some_moments()
@@ -89,7 +91,7 @@ def test_feedback_beats_plain_rounding(format: str) -> None:
     assert output_error(weights, fed_back, format, moments) < GAIN * output_error(weights, plain, format, moments)
 
 
-@pytest.mark.parametrize("format", ["Q2_K", "IQ2_XXS"])
+@pytest.mark.parametrize("format", ["Q2_K", "IQ2_XXS", "MXFP4", "U2-128"])
 def test_sweeps_lower_the_error_of_the_first_pass(format: str) -> None:
     weights, moments = some_weights(), some_moments()
     factor = factorize(moments.clone())

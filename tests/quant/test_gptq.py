@@ -65,6 +65,15 @@ def test_feedback_lowers_the_error_on_text_held_out(made: Checkpoint) -> None:
     assert sum(result["method"] == "gptq" for result in judged.values()) > len(judged) / 2
 
 
+@pytest.mark.parametrize("type", ["TQ2_0", "Q1_0", "Q2_0", "MXFP4"])
+def test_feedback_wins_in_formats_of_few_levels(untied: tuple[Checkpoint, Stats], type: str, tmp_path: Path) -> None:
+    made = quantize(untied[0], tmp_path / "out", QuantizeConfig(type, method="gptq", pure=True), untied[1])
+    judged = [result for result in told(made).values() if "held_out_error" in result]
+    assert len(judged) == 15
+    assert {result["format"] for result in judged} == {type}
+    assert sum(result["method"] == "gptq" for result in judged) > len(judged) / 2
+
+
 def test_threads_do_not_change_a_byte(untied: tuple[Checkpoint, Stats], made: Checkpoint, tmp_path: Path) -> None:
     again = quantize(untied[0], tmp_path / "out", CONFIG, untied[1], threads=3)
     assert contents(again.root) == contents(made.root)

@@ -21,6 +21,8 @@ struct encode_task {
 
 /* The scale as it is stored: nearest half, finite, and not zero unless the wish is. */
 uint16_t scale_to_half(float wish);
+float storable_scale(int format, float wish); /* the same as a number; of MXFP4 the nearest power of two */
+uint8_t mxfp4_exponent(float scale);
 
 /* Encodes rows [first, last) of a task; `first` is a multiple of the format's rows. */
 void encode_floats(const struct encode_task *task, int64_t first, int64_t last);      /* F32, F16, BF16 */
@@ -57,7 +59,7 @@ struct feedback_task {
 };
 #define MOST_FEEDBACK 256 /* columns of the largest block */
 
-/* The scales of its packed block, (rows, scales_of(format)), as they are stored; written ones are rounded to halves. */
+/* The scales of its packed block, (rows, scales_of(format)), as they are stored; written ones are rounded. */
 int scales_of(int format); /* 1 (d) or 2 (d, dmin or m) */
 void read_scales(const struct feedback_task *task, float *scales);
 void write_scales(const struct feedback_task *task, const float *scales);

@@ -9,11 +9,13 @@
 #include "error.h"
 #include "rondel.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
-#define WIDENINGS 5     /* trials of wider scales; one more finds less than 1 % */
+#define WIDENINGS 5      /* trials of wider scales; one more finds less than 1 % */
 #define FIRST_STEP 1.22f /* the factor of the first */
+#define OCTAVE 2.0f      /* MXFP4's, whose scales are powers of two */
 
 EXPORT int32_t rondel_format_feeds_back(const char *format) {
     int index = format_find(format);
@@ -55,23 +57,23 @@ static double cost_of(const struct feedback_task *task, int64_t row) {
     return cost;
 }
 
-/* A row's search for the factor of its scales: steps go on while they gain, else they turn round and halve. */
+/* A row's search for the factor of its scales: steps go on while they gain, else they turn round and halve, but octaves. */
 struct widening {
     float best, step; /* factors */
     double cost;
 };
 
-static void widen_row(const float *from, int count, float factor, float *to) {
+static void widen_row(const float *from, int count, float factor, float most, float *to) {
     for (int i = 0; i < count; i++) {
         to[i] = from[i] * factor;
-        if (fabsf(to[i]) > HALF_MAX) to[i] = copysignf(HALF_MAX, to[i]);
+        if (fabsf(to[i]) > most) to[i] = copysignf(most, to[i]);
     }
 }
 
 /* Codes and errors under the best scales found for every row, which are those in `packed` times one factor a row. */
 static int round_widening(const struct feedback_task *task) {
     int64_t rows = task->rows;
-    int count = scales_of(task->format);
+    int count = scales_of(task->format), octaves = task->format == FMT_MXFP4;
     struct widening *search = malloc((size_t)rows * sizeof *search);
     float *scales = malloc((size_t)rows * (size_t)count * 2 * sizeof *scales), *trial = scales + rows * count;
     int code = search && scales ? 0 : set_error("no memory for the scales of %lld rows", (long long)rows);
@@ -79,18 +81,18 @@ static int round_widening(const struct feedback_task *task) {
     for (int pass = 0; pass <= WIDENINGS + 1 && !code; pass++) {
         for (int64_t row = 0; row < rows && pass > 0; row++)
             widen_row(scales + row * count, count, search[row].best * (pass <= WIDENINGS ? search[row].step : 1),
-                      trial + row * count);
+                      octaves ? FLT_MAX : HALF_MAX, trial + row * count);
         if (pass > 0) write_scales(task, trial);
         code = round_codes(task);
         for (int64_t row = 0; row < rows && !code && pass <= WIDENINGS; row++) {
             struct widening *of = &search[row];
             double cost = cost_of(task, row);
             if (pass == 0)
-                *of = (struct widening){1, FIRST_STEP, cost};
+                *of = (struct widening){1, octaves ? OCTAVE : FIRST_STEP, cost};
             else if (cost < of->cost)
                 of->best *= of->step, of->cost = cost;
             else
-                of->step = 1 / sqrtf(of->step);
+                of->step = 1 / (octaves ? of->step : sqrtf(of->step));
         }
     }
     free(search);

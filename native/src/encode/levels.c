@@ -3,8 +3,6 @@
 
 #include "encode.h"
 
-#include <math.h>
-
 static const float signs_table[2] = {-1, 1};
 static const float fp4_table[15] = {-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12};
 
@@ -108,10 +106,8 @@ static void write_superblock(const struct grid *grid, const uint8_t *codes, floa
 /* Places in fp4_table to codes of magnitude and sign, and a power of two to its exponent. */
 static void write_mxfp4(const uint8_t *places, float d, uint8_t *block) {
     uint8_t codes[32];
-    int exponent;
-    frexpf(d, &exponent);
     for (int j = 0; j < 32; j++) codes[j] = places[j] < 7 ? 15 - places[j] : places[j] - 7;
-    block[0] = (uint8_t)(exponent - 1 + 128);
+    block[0] = mxfp4_exponent(d);
     pack_nibbles(codes, block + 1);
 }
 
@@ -131,12 +127,4 @@ void write_levels(int format, const uint8_t *codes, float d, float dmin, int64_t
     } else {
         pack_few_levels(format, codes, float_to_half(d), block);
     }
-}
-
-float storable_scale(int format, float wish) {
-    if (format != FMT_MXFP4) return half_to_float(scale_to_half(wish));
-    int exponent;
-    float share = frexpf(wish, &exponent); /* in [0.5, 1): below 0.75 the lower power of two is nearer */
-    exponent -= share < 0.75f;
-    return ldexpf(1, wish <= 0 || exponent < -128 ? -128 : exponent > 126 ? 126 : exponent);
 }

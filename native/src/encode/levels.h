@@ -34,9 +34,6 @@ struct leveled {
 void read_levels(int format, const uint8_t *packed, int64_t row, struct leveled *to);
 void write_levels(int format, const uint8_t *codes, float d, float dmin, int64_t row, uint8_t *packed);
 
-/* The scale nearest to a wish that the format can store: a half, or MXFP4's power of two. */
-float storable_scale(int format, float wish);
-
 /* 1 / a, finite for MXFP4's least scales too: a weight of zero stays a number. */
 INLINE vec finite_inverse(vec a) { return lesser(inverse(a), splat(FLT_MAX)); }
 

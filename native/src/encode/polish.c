@@ -5,10 +5,6 @@
 
 #include <math.h>
 
-EXPORT int32_t rondel_format_polishes(const char *format) {
-    return rondel_format_feeds_back(format);
-}
-
 static int check_moments(const float *moments, int block) {
     for (int i = 0; i < block; i++)
         for (int j = 0; j < block; j++) {
@@ -24,7 +20,7 @@ EXPORT int32_t rondel_polish(const char *format, const float *gradient, const fl
                              void *packed) {
     int index = format_find(format);
     if (index < 0) return -1;
-    if (!rondel_format_polishes(format)) return set_error("rondel does not polish %s", format);
+    if (!rondel_format_feeds_back(format)) return set_error("rondel does not polish %s", format);
     int columns = format_table[index].columns;
     if (rows < 1 || block != columns || format_bytes(index, rows, block) < 0)
         return set_error("%s is polished in rows of one block of %d columns, got %lld rows of %lld columns", format, columns,

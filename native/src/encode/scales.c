@@ -1,7 +1,8 @@
-/* The half-precision scales of one packed block of columns, read and written in place: d, and where there is one dmin or m. */
+/* The scales of one packed block of columns, read and written in place: d, and where there is one dmin or m. */
 #include "encode.h"
 #include "kernels/codebooks.h"
 
+#include <math.h>
 #include <stddef.h>
 
 #define SPREAD (-1) /* IQ1_M keeps d in the top nibbles of four words */
@@ -11,6 +12,8 @@ static const int16_t first_scale[FMT_COUNT] = {
     [FMT_Q2_K] = offsetof(struct q2_k, scale),
     [FMT_Q3_K] = offsetof(struct q3_k, scale),
     [FMT_Q6_K] = offsetof(struct q6_k, scale),
+    [FMT_TQ1_0] = offsetof(struct tq1_0, scale),
+    [FMT_TQ2_0] = offsetof(struct tq2_0, scale),
 }; /* of the others d comes first */
 
 /* Where a scale lies in a block; for tiles in a panel's group, by row. */
@@ -38,6 +41,21 @@ static void write_half(uint8_t *block, int place, uint16_t half) {
     for (int i = 0; i < 4; i++) q->scales[2 * i + 1] = (uint8_t)((q->scales[2 * i + 1] & 15) | (half >> 4 * i & 15) << 4);
 }
 
+/* A stored power of two is 2^(e - 128); 255 is no number. */
+#define EXPONENT_BIAS 128
+#define MOST_EXPONENT 254
+
+uint8_t mxfp4_exponent(float scale) {
+    int exponent;
+    float share = frexpf(scale, &exponent); /* in [0.5, 1): below 0.75 the lower power of two is nearer */
+    exponent += EXPONENT_BIAS - (share < 0.75f);
+    return (uint8_t)(scale <= 0 || exponent < 0 ? 0 : exponent > MOST_EXPONENT ? MOST_EXPONENT : exponent);
+}
+
+float storable_scale(int format, float wish) {
+    return format == FMT_MXFP4 ? mxfp4_scale(mxfp4_exponent(wish)) : half_to_float(scale_to_half(wish));
+}
+
 static uint8_t *block_at(const struct feedback_task *task, int64_t row) {
     const struct format_traits *traits = &format_table[task->format];
     return task->packed + row / traits->rows * traits->bytes;
@@ -56,14 +74,22 @@ int scales_of(int format) {
 
 void read_scales(const struct feedback_task *task, float *scales) {
     int count = scales_of(task->format);
-    for (int64_t row = 0; row < task->rows; row++)
+    for (int64_t row = 0; row < task->rows; row++) {
+        const uint8_t *block = block_at(task, row);
         for (int i = 0; i < count; i++)
-            *scales++ = half_to_float(read_half(block_at(task, row), place_of(task->format, row) + 2 * i));
+            *scales++ = task->format == FMT_MXFP4 ? mxfp4_scale(*block)
+                                                  : half_to_float(read_half(block, place_of(task->format, row) + 2 * i));
+    }
 }
 
 void write_scales(const struct feedback_task *task, const float *scales) {
     int count = scales_of(task->format);
-    for (int64_t row = 0; row < task->rows; row++)
-        for (int i = 0; i < count; i++)
-            write_half(block_at(task, row), place_of(task->format, row) + 2 * i, float_to_half(*scales++));
+    for (int64_t row = 0; row < task->rows; row++) {
+        uint8_t *block = block_at(task, row);
+        for (int i = 0; i < count; i++, scales++)
+            if (task->format == FMT_MXFP4)
+                *block = mxfp4_exponent(*scales);
+            else
+                write_half(block, place_of(task->format, row) + 2 * i, float_to_half(*scales));
+    }
 }
