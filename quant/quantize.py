@@ -24,16 +24,14 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
 from rondel.native.formats import format_bytes
 from rondel.quant import automatic, rescaling
-from rondel.quant.budget import Allocated, Spending, choices_of, spread
 from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
 from rondel.quant.importance import Importance
 from rondel.quant.methods import AUTO, method_named
-from rondel.quant.mixtures import (
-    Choice,
-)
+from rondel.quant.mixtures import Choice
 from rondel.quant.quantize_task import QuantizeConfig, Task, holds_text, prepare, warnings_of
 from rondel.quant.rounding import Rounded, round_matrix, stored
 from rondel.quant.rtn import check_granularity
+from rondel.quant.spending import Allocated, Spending, choices_of, spread
 from rondel.quant.workers import Workers, check_device
 
 ALLOCATION = "allocation"  # in the journal alone: an interrupted run does not choose again

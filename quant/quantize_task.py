@@ -15,7 +15,7 @@ from rondel.converters.family import EMBEDDING
 from rondel.converters.stats import OUTPUT_IN, Stats
 from rondel.native.formats import encode
 from rondel.quant import rescaling
-from rondel.quant.budget import Allocated, Budget, budget_of, check_statistics
+from rondel.quant.budget import Budget, budget_of, check_statistics
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import Method, method_named
 from rondel.quant.mixtures import (
@@ -31,6 +31,7 @@ from rondel.quant.rescaled_view import RescaledView, Rescaling, rescaled_importa
 from rondel.quant.rounding import Encoder
 from rondel.quant.rtn import AffineEncoder, check_granularity
 from rondel.quant.sequential import FEWEST_WINDOWS
+from rondel.quant.spending import Allocated
 from rondel.quant.stage import stage_record
 from rondel.quant.trial import Rounding
 

@@ -15,7 +15,7 @@ from rondel.converters.export import ExportConfig, export
 from rondel.converters.imatrix import read_imatrix
 from rondel.converters.stats import Stats
 from rondel.native.formats import format_bytes
-from rondel.quant import budget as module
+from rondel.quant.budget import Account, worth_trying
 from rondel.quant.calibrate import CalibrateConfig, calibrate
 from rondel.quant.calibration_text import CalibrationText
 from rondel.quant.candidates import feedback_share
@@ -195,9 +195,9 @@ def test_statistics_need_their_text(wide: tuple[Checkpoint, Stats]) -> None:
 
 def test_low_formats_are_tried_where_the_budget_needs_them(wide: tuple[Checkpoint, Stats]) -> None:
     shapes = {"a.weight": (64, 256), "b.weight": (512, 64)}
-    account = module.Account(shapes)
+    account = Account(shapes)
     tried = {"a.weight": ("IQ1_S", "Q4_K", "F16"), "b.weight": ("Q4_0", "F16")}
     smallest = account.total({"a.weight": "IQ1_S", "b.weight": "Q4_0"})
-    assert module._worth_trying(account, tried, smallest) == tried
+    assert worth_trying(account, tried, smallest) == tried
     generous = account.total({"a.weight": "Q4_K", "b.weight": "Q4_0"})
-    assert module._worth_trying(account, tried, generous) == tried | {"a.weight": ("Q4_K", "F16")}
+    assert worth_trying(account, tried, generous) == tried | {"a.weight": ("Q4_K", "F16")}
