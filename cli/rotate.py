@@ -36,6 +36,25 @@ def rotate(
             help="R4: turn the hidden layer while running, in blocks of so many channels, or full; target rondel only.",
         ),
     ] = "none",
+    queries: Annotated[
+        str,
+        typer.Option(
+            "--queries",
+            metavar="BLOCK",
+            help="R3: turn each head's queries and keys while running, in blocks of so many channels, or full; target "
+            "rondel only.",
+        ),
+    ] = "none",
+    keep_tied: Annotated[
+        bool,
+        typer.Option("--keep-tied", help="Turn the ends of the residual stream while running; target rondel only."),
+    ] = False,
+    latents: Annotated[
+        bool, typer.Option(help="Turn the latents of latent attention, where a model has them; folds their norms.")
+    ] = True,
+    nope: Annotated[
+        bool, typer.Option(help="Turn what heads of latent attention hold without RoPE, where a model has it.")
+    ] = True,
     seed: SeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -62,6 +81,10 @@ def rotate(
     config = stage.RotateConfig(
         residual=residual,
         heads=heads,
+        keep_tied=keep_tied,
+        latents=latents,
+        nope=nope,
+        queries=int(queries) if queries.isdecimal() else queries,  # type: ignore[arg-type]  # likewise
         hidden=int(hidden) if hidden.isdecimal() else hidden,  # type: ignore[arg-type]  # the stage names a wrong word
         seed=seed,
         target=target,

@@ -21,8 +21,8 @@ from rondel.converters.family import (
     ROPE_FACTORS,
     Family,
     Hyperparameters,
-    block_tensor,
     canonical_shapes,
+    optional_shapes,
 )
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
 from rondel.converters.manifest import digest_of
@@ -56,7 +56,7 @@ class Checkpoint(TensorFolder):
     @property
     def numbers(self) -> Hyperparameters:
         """The sizes of this model."""
-        return Hyperparameters(**self.manifest["hyperparameters"])
+        return Hyperparameters.from_json(self.manifest["hyperparameters"])
 
     @property
     def rotations(self) -> list[Rotation]:
@@ -112,6 +112,12 @@ class Checkpoint(TensorFolder):
         return {key: value for key, value in self.manifest.items() if key not in ("tensors", "manifest_version")}
 
 
+def check_runs(source: Checkpoint, verb: str) -> None:
+    """Refuse a family whose table says that its forward pass is not built yet; `verb` as in "quantized"."""
+    if not source.family.runs:
+        raise RondelError(f"{source.root}: {source.family.name} models can be rotated, but not {verb} yet")
+
+
 def _check(manifest: dict[str, Any], path: Path) -> None:
     """Refuse a manifest whose family, numbers, rotations or tensors do not belong together."""
     damaged = f"{path / MANIFEST}: the file is damaged, run its stage again"
@@ -119,19 +125,18 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
     if family is None:
         raise RondelError(f"{damaged} (family {manifest.get('family')!r}, rondel knows {', '.join(FAMILIES)})")
     try:
-        numbers = Hyperparameters(**manifest["hyperparameters"])
+        numbers = Hyperparameters.from_json(manifest["hyperparameters"])
         sizes = [value for key, value in numbers.to_json().items() if key in SIZES]
         if not all(type(size) is int and size > 0 for size in sizes) or numbers.layers > len(manifest["tensors"]):
             raise ValueError(f"sizes {sizes}")
+        if numbers.experts and not 0 < numbers.experts.count <= len(manifest["tensors"]):
+            raise ValueError(f"{numbers.experts.count} experts")
         for record in manifest.get("rotations", []):
             Rotation.from_json(record)
         shapes = canonical_shapes(family, replace(numbers, tied=True))
     except (KeyError, TypeError, ValueError) as error:
         raise RondelError(f"{damaged} ({error!r})") from error
-    optional = {OUTPUT: shapes[EMBEDDING], ROPE_FACTORS: (numbers.head_dim // 2,)}
-    for layer in range(numbers.layers):
-        for linear in family.linears:
-            optional[block_tensor(layer, linear.role, "bias")] = (numbers.size(linear.rows),)
+    optional = optional_shapes(family, numbers)
     found = manifest["tensors"]
     for name in shapes:
         if name not in found:

@@ -6,8 +6,17 @@ Sites are places where activations stand:
     residual -> [ffn_norm]  -> ffn_in  -> gate, up -> hidden -> down -> residual
     residual -> [output_norm] -> output_in -> output
 
+Latent attention puts low-rank latents, each in front of a norm, between the stream and the heads; a mixture of experts
+has a hidden site for the routed experts and one for the shared expert, and a router that reads what they read:
+
+    attn_in -> q_a  -> q_latent  -> [q_a_norm]  -> q_latent_in  -> q_b  -> nope, queries (RoPE) of every head
+    attn_in -> kv_a -> kv_latent -> [kv_a_norm] -> kv_latent_in -> kv_b -> nope, values of every head
+                    -> keys (RoPE, no norm), which all heads share
+    ffn_in  -> router -> routes;  -> gate, up of each expert -> hidden_experts, hidden_shared -> down -> residual
+
 Canonical names are GGUF's (`blk.3.attn_q.weight`), and so is the order of rows: a family whose GGUF permutes the rows
-of q and k (interleaved RoPE) is permuted when it is opened, so that no later stage has to know.
+of q and k (interleaved RoPE) is permuted when it is opened, so that no later stage has to know. Two things stay apart
+until a file is written: each expert has matrices of its own (`blk.3.ffn_up_exps.17.weight`), and kv_b is one matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +24,52 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Site = Literal["residual", "attn_in", "queries", "keys", "values", "heads", "ffn_in", "hidden", "output_in"]
+Site = Literal[
+    "residual",
+    "attn_in",
+    "queries",
+    "keys",
+    "values",
+    "heads",
+    "ffn_in",
+    "hidden",
+    "output_in",
+    "q_latent",
+    "q_latent_in",
+    "kv_latent",
+    "kv_latent_in",
+    "nope",
+    "routes",
+    "hidden_experts",
+    "hidden_shared",
+]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The numbers of a mixture of experts."""
+
+    count: int  # routed experts of a layer
+    used: int  # of them for a token
+    hidden: int  # channels between up and down of one expert
+    shared: int = 0  # the same of the shared experts, which are one matrix; 0: none
+    dense: int = 0  # layers before the first one with experts
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = False  # the weights of the chosen ones are made to add up to one
+    scale: float = 1.0  # of the routed experts' sum
+    groups: int = 1  # experts are chosen from the best `used_groups` of these
+    used_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The numbers of latent attention (MLA)."""
+
+    queries: int  # channels of the queries' latent; 0: q reads the stream
+    keys_values: int
+    nope: int  # of a head's query and key, without RoPE
+    rope: int  # of a head's query, with RoPE; and of the one key that all heads share
+    values: int  # of a head's value
 
 
 @dataclass(frozen=True)
@@ -34,36 +88,104 @@ class Hyperparameters:
     rope_base: float
     tied: bool  # the head is the embedding
     rope_scaling: dict[str, Any] | None = None  # config.json's own, already checked
+    experts: Experts | None = None
+    latents: Latents | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of one head's values."""
+        return self.latents.values if self.latents else self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.latents.rope if self.latents else self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """Keys of one position that RoPE turns: latent attention shares one."""
+        return 1 if self.latents else self.kv_heads
 
     def size(self, dimension: str) -> int:
-        """The number of channels of a dimension that the family tables name."""
-        return {
+        """The number of channels of a dimension that the family tables name; 0 where this model has none."""
+        sizes = {
             "width": self.width,
             "hidden": self.hidden,
             "queries": self.heads * self.head_dim,
             "keys": self.kv_heads * self.head_dim,
-            "values": self.kv_heads * self.head_dim,
+            "values": self.kv_heads * self.value_dim,
+            "attended": self.heads * self.value_dim,
             "head_dim": self.head_dim,
             "vocabulary": self.vocabulary,
-        }[dimension]
+        }
+        if experts := self.experts:
+            sizes |= {"experts": experts.count, "expert_hidden": experts.hidden, "shared_hidden": experts.shared}
+        if latents := self.latents:
+            sizes |= {
+                "q_latent": latents.queries,
+                "queries_of_latent": self.heads * self.head_dim if latents.queries else 0,
+                "queries_of_stream": 0 if latents.queries else self.heads * self.head_dim,
+                "kv_latent": latents.keys_values,
+                "kv_latent_and_rope": latents.keys_values + latents.rope,
+                "nope_and_values": self.heads * (latents.nope + latents.values),
+                "nope": latents.nope,
+                "rope": latents.rope,
+                "value": latents.values,
+            }
+        return sizes[dimension]
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that manifest.json holds."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in PARTS or value is not None}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> Hyperparameters:
+        """The numbers back from a manifest."""
+        parts = {name: kind(**record[name]) for name, kind in PARTS.items() if record.get(name) is not None}
+        return Hyperparameters(**{**record, **parts})
+
+
+PARTS: dict[str, Any] = {"experts": Experts, "latents": Latents}  # that few families have
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix of a block: (rows, cols) = (what it writes, what it reads)."""
+    """One matrix of a block: (rows, cols) = (what it writes, what it reads). A size of 0: this model has none."""
 
-    role: str  # canonical: blk.N.{role}.weight
-    source: str  # Hugging Face: model.layers.N.{source}.weight
+    role: str  # canonical: blk.N.{role}.weight, or blk.N.{role}.E.weight for expert E
+    source: str  # Hugging Face: model.layers.N.{source}.weight; {expert} stands for the expert
     reads: Site
     writes: Site
     rows: str  # dimension names, see Hyperparameters.size
     cols: str
     bias: bool = False  # may have one
-    rope: bool = False  # its rows are turned by RoPE, so their order depends on the layout
+    rope: bool = False  # its rows are turned by RoPE, and GGUF's order of them depends on the layout
+    parts: tuple[tuple[Site, str], ...] = ()  # rows that write several sites: (site, size) in turn, for every head
+    layers: Literal["all", "dense", "experts"] = "all"
+    expert: bool = False  # one matrix for each routed expert
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that its rows write."""
+        return tuple(site for site, _ in self.parts) or (self.writes,)
+
+    def is_in(self, layer: int, numbers: Hyperparameters) -> bool:
+        """Whether a layer of this model has it."""
+        dense = numbers.experts is None or layer < numbers.experts.dense
+        here = self.layers == "all" or (self.layers == "dense") == dense
+        return here and numbers.size(self.rows) > 0 and numbers.size(self.cols) > 0
+
+    def tensors(self, layer: int, numbers: Hyperparameters, kind: str = "weight") -> dict[str, str]:
+        """Canonical name to Hugging Face name of the tensors that a layer has of it, one or one for each expert."""
+        prefix, count = f"model.layers.{layer}.", numbers.experts.count if self.expert and numbers.experts else 0
+        if not self.is_in(layer, numbers):
+            return {}
+        if not self.expert:
+            return {block_tensor(layer, self.role, kind): f"{prefix}{self.source}.{kind}"}
+        return {
+            block_tensor(layer, f"{self.role}.{expert}", kind): f"{prefix}{self.source.format(expert=expert)}.{kind}"
+            for expert in range(count)
+        }
 
 
 @dataclass(frozen=True)
@@ -78,6 +200,16 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """A tensor of a block that a model may have and that no change of basis touches, (size,)."""
+
+    role: str  # canonical: blk.N.{role}
+    source: str  # Hugging Face: model.layers.N.{source}
+    size: str
+    layers: Literal["all", "experts"] = "all"
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family, as data. Stages ask this table, never the family's name."""
 
@@ -87,6 +219,11 @@ class Family:
     norms: tuple[Norm, ...]
     rope_layout: Literal["interleaved", "half"]  # pairs (2i, 2i+1), or (i, i + head_dim/2)
     written_keys: tuple[str, ...] = ()  # GGUF hyperparameters beyond those of every family
+    vectors: tuple[Vector, ...] = ()
+    norm_offset: float = 0.0  # Hugging Face's gains lack it: added when a model is opened, as GGUF's converters do
+    experts: bool = False
+    latents: bool = False
+    runs: bool = True  # False: it can be opened and rotated; its forward pass is not built yet
 
     def linear(self, role: str) -> Linear:
         """The linear of that role."""
@@ -98,7 +235,12 @@ class Family:
 
     def writers(self, site: str) -> tuple[Linear, ...]:
         """The linears of a block that write a site."""
-        return tuple(linear for linear in self.linears if linear.writes == site)
+        return tuple(linear for linear in self.linears if site in linear.sites)
+
+    def linear_of(self, name: str) -> Linear | None:
+        """The linear that a canonical tensor name belongs to."""
+        role = name.split(".")[2] if name.startswith("blk.") else None
+        return next((linear for linear in self.linears if linear.role == role), None)
 
     def norm_making(self, site: str) -> Norm | None:
         """The norm whose output is that site."""
@@ -130,16 +272,33 @@ def block_tensor(layer: int, role: str, kind: str = "weight") -> str:
 def canonical_shapes(family: Family, numbers: Hyperparameters) -> dict[str, tuple[int, ...]]:
     """Every tensor that a float checkpoint of this family has, in canonical order, with its shape.
 
-    Biases are left out: they are optional and have the shape (rows,) of their linear.
+    `optional_shapes` are left out.
     """
     embedding = (numbers.vocabulary, numbers.width)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: embedding}
     for layer in range(numbers.layers):
         for norm in family.norms:
-            shapes[block_tensor(layer, norm.role)] = (numbers.size(norm.size),)
+            if size := numbers.size(norm.size):
+                shapes[block_tensor(layer, norm.role)] = (size,)
         for linear in family.linears:
-            shapes[block_tensor(layer, linear.role)] = (numbers.size(linear.rows), numbers.size(linear.cols))
+            shape = (numbers.size(linear.rows), numbers.size(linear.cols))
+            shapes |= dict.fromkeys(linear.tensors(layer, numbers), shape)
     shapes[OUTPUT_NORM] = (numbers.width,)
     if not numbers.tied:
         shapes[OUTPUT] = embedding
+    return shapes
+
+
+def optional_shapes(family: Family, numbers: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    """The tensors that a float checkpoint of this family may have: biases, RoPE factors, vectors, a head of its own."""
+    shapes: dict[str, tuple[int, ...]] = {
+        OUTPUT: (numbers.vocabulary, numbers.width),
+        ROPE_FACTORS: (numbers.rope_dim // 2,),
+    }
+    for layer in range(numbers.layers):
+        for linear in family.linears:
+            shapes |= dict.fromkeys(linear.tensors(layer, numbers, "bias"), (numbers.size(linear.rows),))
+        for vector in family.vectors:
+            if vector.layers == "all" or (numbers.experts is not None and layer >= numbers.experts.dense):
+                shapes[f"blk.{layer}.{vector.role}"] = (numbers.size(vector.size),)
     return shapes

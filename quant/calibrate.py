@@ -62,7 +62,7 @@ class _Run:
         """Fill the states before the first layer."""
         embedding = self.source.read(EMBEDDING)
         for window in self.windows:
-            states[window] = embedding[self.text.windows[window]].to(torch.float32)
+            states[window] = self.layers.look_up(embedding[self.text.windows[window]])
 
     def layer(
         self, layer: int, before: torch.Tensor, after: torch.Tensor, workers: Workers, *, measure: bool

@@ -10,6 +10,7 @@ import torch
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT_NORM
 from rondel.converters.huggingface import huggingface_block, huggingface_config
+from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 
 
 class DecoderLayers:
@@ -26,6 +27,8 @@ class DecoderLayers:
             # "sdpa" without a mask is causal; "eager" would attend to the future.
             self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model.eval()
         self._rope = type(self._skeleton.rotary_emb)(config=config).to(device)
+        self._ends = next((rotation for rotation in source.rotations if rotation.site == "boundary"), None)
+        self._skeleton.norm.register_forward_pre_hook(lambda _, inputs: (self.turn_back(inputs[0]),))
 
     def load(self, layer: int) -> torch.nn.Module:
         """The decoder layer with its weights, F32; it replaces the one before."""
@@ -46,8 +49,17 @@ class DecoderLayers:
         x = torch.empty(1, context, 1, device=self.device)
         return self._rope(x, position_ids=torch.arange(context, device=self.device)[None])
 
+    def look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets of rows (..., width) of the embedding, F32."""
+        rows = rows.to(torch.float32)
+        return rows if self._ends is None else rotate_channels(rows, self._ends)
+
+    def turn_back(self, states: torch.Tensor) -> torch.Tensor:
+        """States (..., width) of the residual stream in the basis of the embedding, which a tied head may keep."""
+        return states if self._ends is None else rotate_channels_back(states, self._ends)
+
     def norm(self) -> torch.nn.Module:
-        """The norm behind the last layer."""
+        """The norm behind the last layer, which takes the states as the layer leaves them."""
         module = self._skeleton.norm
         module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
         return module

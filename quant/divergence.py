@@ -24,7 +24,7 @@ def last_states(model: Checkpoint, windows: torch.Tensor, workers: Workers, devi
     context = windows.shape[1]
     layers = DecoderLayers(model, device)
     rope = layers.positions(context)
-    states = model.read(EMBEDDING)[windows].to(torch.float32)
+    states = layers.look_up(model.read(EMBEDDING)[windows])
     online = [rotation for rotation in model.rotations if rotation.online]
     for layer in range(model.numbers.layers):
         module = layers.load(layer)

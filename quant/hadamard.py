@@ -159,15 +159,15 @@ def largest_block(size: int) -> int:
     return max(divisor for divisor in range(1, size + 1) if size % divisor == 0 and hadamard_plan(divisor))
 
 
-def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
-    """H x / sqrt(block) on each block of the last axis, in the precision of x (float32 or float64)."""
+def hadamard_transform(x: torch.Tensor, block: int, *, transposed: bool = False) -> torch.Tensor:
+    """H x / sqrt(block), or H^T x, on each block of the last axis, in the precision of x (float32 or float64)."""
     plan = hadamard_plan(block)
     assert plan is not None, f"no Hadamard matrix of order {block}"
     assert x.shape[-1] % block == 0, f"blocks of {block} do not divide {x.shape[-1]} channels"
     y, inner = x, block
     for factor in (*(base_matrix(order) for order in plan.bases), *_sylvester_factors(plan.log2)):
         inner //= len(factor)
-        matrix = factor.to(x.device, x.dtype)
+        matrix = (factor.T if transposed else factor).to(x.device, x.dtype)
         # The last factor runs along adjacent channels: one product of two matrices instead of many small ones.
         y = matrix @ y.reshape(-1, len(factor), inner) if inner > 1 else y.reshape(-1, len(factor)) @ matrix.T
     return y.reshape(x.shape) / block**0.5
@@ -222,3 +222,10 @@ def rotate_channels(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     assert x.shape[-1] == rotation.size, f"{x.shape[-1]} channels for a rotation of {rotation.size}"
     signs = unpack_signs(rotation.signs, rotation.size).to(x.dtype).to(x.device)
     return hadamard_transform(x * signs, rotation.block)
+
+
+def rotate_channels_back(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """The inverse of `rotate_channels`: s o (H^T x) / sqrt(block) on each block of the last axis."""
+    assert x.shape[-1] == rotation.size, f"{x.shape[-1]} channels for a rotation of {rotation.size}"
+    signs = unpack_signs(rotation.signs, rotation.size).to(x.dtype).to(x.device)
+    return hadamard_transform(x, rotation.block, transposed=True) * signs

@@ -44,7 +44,7 @@ class ModelStream:
         for rows, values in embedding:
             for window, tokens in enumerate(self.windows):
                 here = (tokens >= rows.start) & (tokens < rows.stop)
-                self._before[window, here] = values[tokens[here] - rows.start].to(torch.float32)
+                self._before[window, here] = self._layers.look_up(values[tokens[here] - rows.start])
 
     def resume(self, layer: int) -> None:
         """Stand before `layer`, with the states that `kept` found or `begin` is about to fill."""

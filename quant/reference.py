@@ -12,8 +12,7 @@ from torch.nn.functional import linear, silu, softmax
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, Hyperparameters, block_tensor
-from rondel.converters.rotation import Rotation
-from rondel.quant.hadamard import rotate_channels
+from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 
 
 def rope_tables(source: Checkpoint, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +45,6 @@ class ReferenceModel:
         self.dtype = dtype
         self.numbers: Hyperparameters = source.numbers
         self._online = [rotation for rotation in source.rotations if rotation.online]
-        for rotation in self._online:
-            if rotation.site != "hidden":
-                raise RondelError(
-                    f"{source.root}: the reference forward pass has no online rotation on {rotation.site}"
-                )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (n, vocabulary) of token ids (n,), which stand at positions 0..n-1."""
@@ -61,7 +55,8 @@ class ReferenceModel:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The residual stream (n, width) before the first block."""
-        return self.source.read(EMBEDDING)[tokens].to(self.dtype)
+        x = self.source.read(EMBEDDING)[tokens].to(self.dtype)
+        return self._turned("boundary", None, x)
 
     def block(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """The residual stream (n, width) after one layer."""
@@ -70,6 +65,9 @@ class ReferenceModel:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (n, vocabulary) of the residual stream after the last block."""
+        for rotation in self._online:
+            if rotation.site == "boundary":
+                x = rotate_channels_back(x, rotation)
         x = rms_norm(x, self.source.read_float(OUTPUT_NORM, self.dtype), self.numbers.norm_epsilon)
         return linear(x, self.source.read_float(self.source.head(), self.dtype))
 
@@ -97,7 +95,7 @@ class ReferenceModel:
         a, b = pairs[..., 0], pairs[..., 1]
         turned = torch.stack((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
         turned = turned if interleaved else turned.transpose(-1, -2)
-        return turned.flatten(-2).transpose(0, 1)
+        return self._turned("queries", layer, turned.flatten(-2)).transpose(0, 1)
 
     def _attention(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return self._attend(layer, x, self._keys_values(layer, x))
@@ -132,14 +130,14 @@ class ReferenceModel:
         hidden = silu(self._linear(layer, "ffn_gate", x)) * self._linear(layer, "ffn_up", x)
         if hidden_gain is not None:
             hidden = hidden * hidden_gain
+        return self._linear(layer, "ffn_down", self._turned("hidden", layer, hidden))
+
+    def _turned(self, site: str, layer: int | None, x: torch.Tensor) -> torch.Tensor:
+        """x (..., size) after the online rotation of that site, if it has one in this layer."""
         for rotation in self._online:
-            if _applies(rotation, layer):
-                hidden = rotate_channels(hidden, rotation)
-        return self._linear(layer, "ffn_down", hidden)
-
-
-def _applies(rotation: Rotation, layer: int) -> bool:
-    return rotation.layers is None or layer in rotation.layers
+            if rotation.site == site and (rotation.layers is None or layer in rotation.layers):
+                return rotate_channels(x, rotation)
+        return x
 
 
 def reference_logits(source: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:

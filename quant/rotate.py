@@ -1,7 +1,8 @@
 """Owns the rotate stage: randomized Hadamard changes of basis that leave the model's function as it is.
 
-R1 turns the residual stream and R2 the channels of each head, both fused into the weights; R4 turns the hidden layer
-online, for the rondel target (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406). All in float64, stored as F32.
+R1 turns the residual stream and R2 the channels of each head, both fused into the weights; R3 turns queries and keys
+and R4 the hidden layer online, for the rondel target (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406). Latent
+attention adds its latents and what its heads hold without RoPE, fused. All in float64, stored as F32.
 
 A rotation maps a row vector x of its site to H (s o x) / sqrt(block). The same map is applied to every row of the
 matrices that read the site and to every column of those that write it: scalar products stay what they were.
@@ -9,7 +10,7 @@ matrices that read the site and to every column of those that write it: scalar p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,13 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import OUTPUT, ROPE_FACTORS, Family, canonical_shapes
+from rondel.converters.family import OUTPUT, Hyperparameters, canonical_shapes, optional_shapes
 from rondel.converters.folder import read_manifest
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.rotation import Rotation
 from rondel.converters.stats import MOVED, Stats
-from rondel.quant.fold import check_residual_is_rotatable, folded_norms
+from rondel.quant.fold import check_stream_is_rotatable, folded_norms, heads_are_rotatable
 from rondel.quant.hadamard import (
     hadamard_plan,
     largest_block,
@@ -44,7 +45,13 @@ class RotateConfig:
     """What to rotate. Sizes without a Hadamard matrix of their own are turned in the largest blocks that have one."""
 
     residual: bool = True  # R1: the residual stream; folds the norms and gives a tied head its own matrix
+    keep_tied: bool = (
+        False  # a tied head keeps its basis: the runtime turns both ends of the stream, target rondel only
+    )
     heads: bool = True  # R2: the channels of each key-value head, between v and o
+    latents: bool = True  # of the queries and of keys and values, where attention has them; folds their norms
+    nope: bool = True  # what a head's query and key hold without RoPE, where they do
+    queries: int | Literal["none", "full"] = "none"  # R3: block size of queries and keys; like R4
     hidden: int | Literal["none", "full"] = "none"  # R4: block size; executed by the runtime, target rondel only
     kind: Literal["hadamard"] = "hadamard"
     seed: int = 0
@@ -66,16 +73,45 @@ def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
     numbers, made = source.numbers, []
     if config.residual:
         made.append(_random("residual", numbers.width, largest_block(numbers.width), config.seed))
+        if config.keep_tied:
+            made.append(replace(made[-1], site="boundary", online=True))
     if config.heads:
-        values = _random("values", numbers.size("values"), largest_block(numbers.head_dim), config.seed)
+        values = _random("values", numbers.size("values"), largest_block(numbers.value_dim), config.seed)
         # The query heads of a group read the same value head, so they share its signs.
-        signs = unpack_signs(values.signs, values.size).reshape(numbers.kv_heads, numbers.head_dim)
+        signs = unpack_signs(values.signs, values.size).reshape(numbers.kv_heads, numbers.value_dim)
         shared = signs.repeat_interleave(numbers.heads // numbers.kv_heads, 0).flatten()
         made.append(Rotation("heads", "hadamard", False, len(shared), values.block, pack_signs(shared)))
+    if numbers.latents:
+        made += _latents(numbers, config)
+    if config.queries != "none":
+        block = _block(numbers.head_dim, config.queries)
+        made.append(_random("queries", numbers.head_dim, block, config.seed, online=True))
     if config.hidden != "none":
-        block = largest_block(numbers.hidden) if config.hidden == "full" else int(config.hidden)
-        made.append(_random("hidden", numbers.hidden, block, config.seed, online=True))
+        for site, size in hidden_sites(source).items():
+            made.append(_random(site, size, _block(size, config.hidden), config.seed, online=True))
     return made
+
+
+def _latents(numbers: Hyperparameters, config: RotateConfig) -> list[Rotation]:
+    latents = numbers.latents
+    assert latents is not None
+    sizes = {"q_latent": latents.queries, "kv_latent": latents.keys_values} if config.latents else {}
+    made = [_random(site, size, largest_block(size), config.seed) for site, size in sizes.items() if size]
+    if config.nope:
+        made.append(_random("nope", numbers.heads * latents.nope, largest_block(latents.nope), config.seed))
+    return made
+
+
+def _block(size: int, asked: int | str) -> int:
+    return largest_block(size) if asked == "full" else int(asked)
+
+
+def hidden_sites(source: Checkpoint) -> dict[str, int]:
+    """The sites of this model between up and down, and their channels: dense, of each expert, of the shared expert."""
+    numbers = source.numbers
+    readers = [linear for linear in source.family.linears if linear.reads.startswith("hidden")]
+    present = [linear for linear in readers if any(linear.is_in(layer, numbers) for layer in range(numbers.layers))]
+    return {linear.reads: numbers.size(linear.cols) for linear in present}
 
 
 def _random(site: str, size: int, block: int, seed: int, online: bool = False) -> Rotation:
@@ -85,22 +121,19 @@ def _random(site: str, size: int, block: int, seed: int, online: bool = False) -
 def _check_family(source: Checkpoint, config: RotateConfig) -> None:
     """Refuse what the family's table does not declare: a rotation must reach every reader and writer of its site."""
     family = source.family
-    known = set(canonical_shapes(family, source.numbers)) | {ROPE_FACTORS, OUTPUT}
-    known |= {name.removesuffix("weight") + "bias" for name in known}
+    known = canonical_shapes(family, source.numbers).keys() | optional_shapes(family, source.numbers).keys()
     unknown = [name for name in source.names() if name not in known]
     if unknown:
         raise RondelError(
             f"{source.root}: rotate does not know what {unknown[0]} reads and writes; it cannot be rotated"
         )
     if config.residual:
-        check_residual_is_rotatable(family)
-    if config.heads and not _heads_are_rotatable(family):
+        check_stream_is_rotatable(family, "residual")
+    if config.latents and source.numbers.latents:
+        check_stream_is_rotatable(family, "q_latent")
+        check_stream_is_rotatable(family, "kv_latent")
+    if config.heads and not heads_are_rotatable(family):
         raise RondelError(f"{family.name}: something stands between the values and attn_output; rotate without --heads")
-
-
-def _heads_are_rotatable(family: Family) -> bool:
-    ends = [linear.role for linear in (*family.writers("values"), *family.readers("heads"))]
-    return ends == ["attn_v", "attn_output"] and not any(norm.reads in ("values", "heads") for norm in family.norms)
 
 
 def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:
@@ -114,42 +147,62 @@ def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = Non
         raise RondelError(f"{source.root}: is quantized; rotate before quantizing")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; rotate before that")
-    if not (config.residual or config.heads or config.hidden != "none"):
-        raise RondelError("nothing to rotate: the residual stream, the heads and the hidden layer are all left out")
-    if config.hidden != "none":
-        _check_hidden(source, config)
+    _check_online(source, config)
     _check_family(source, config)
     rotations = rotations_of(source, config)
+    if not rotations:
+        raise RondelError("nothing to rotate: every part of the model that could turn is left out")
     if stats is not None:
         check_movable(source, stats, rotations)
     return rotations
 
 
-def _check_hidden(source: Checkpoint, config: RotateConfig) -> None:
-    target = resolved_target(source, config)
-    if target != "rondel":
+def _check_online(source: Checkpoint, config: RotateConfig) -> None:
+    """Refuse rotations that run online where they cannot."""
+    target, numbers = resolved_target(source, config), source.numbers
+    wanted = {
+        "queries and keys (--queries)": config.queries != "none",
+        "the hidden layer (--hidden)": config.hidden != "none",
+        "the ends of the residual stream (--keep-tied)": config.keep_tied,
+    }
+    for what in (what for what, asked in wanted.items() if asked and target != "rondel"):
         raise RondelError(
-            "the rotation of the hidden layer runs online, which only the rondel target can do; "
+            f"the rotation of {what} runs online, which only the rondel target can do; "
             f"use --target rondel or leave it out (the target is {target or 'llama.cpp'})"
         )
-    size = source.numbers.hidden
-    if config.hidden == "full":
+    if config.keep_tied and (OUTPUT in source or not config.residual):
+        what = "the head has a matrix of its own" if OUTPUT in source else "the residual stream does not turn"
+        raise RondelError(f"{source.root}: {what}, so there is nothing for --keep-tied to keep; leave it out")
+    if config.queries != "none":
+        if numbers.latents:
+            raise RondelError(f"{source.root}: latent attention has one key for all heads; rotate without --queries")
+        _check_block("query channels of a head", numbers.head_dim, config.queries)
+    if config.hidden != "none":
+        for site, size in hidden_sites(source).items():
+            _check_block(f"{site.replace('_', ' ')} channels", size, config.hidden)
+
+
+def _check_block(what: str, size: int, block: int | str) -> None:
+    if block == "full":
         return
-    if not isinstance(config.hidden, int) or config.hidden < 1 or size % config.hidden:
+    if not isinstance(block, int) or block < 1 or size % block:
+        raise RondelError(f"blocks of {block} do not divide the {size} {what}; choose a divisor or 'full'")
+    if hadamard_plan(block) is None:
         raise RondelError(
-            f"blocks of {config.hidden} do not divide the {size} hidden channels; choose a divisor or 'full'"
-        )
-    if hadamard_plan(config.hidden) is None:
-        raise RondelError(
-            f"there is no Hadamard matrix of order {config.hidden} (Sylvester, Paley, Williamson); "
+            f"there is no Hadamard matrix of order {block} (Sylvester and Paley); "
             f"the largest block of {size} channels is {largest_block(size)}"
         )
+
+
+def unties_head(source: Checkpoint, config: RotateConfig) -> bool:
+    """Whether the head gets a matrix of its own: the gain folds into it, and cannot fold into the embedding."""
+    return config.residual and not config.keep_tied and OUTPUT not in source
 
 
 def _shards(source: Checkpoint, config: RotateConfig) -> dict[str, list[str]]:
     """The tensors of the output by shard: the source's, and a head of its own once the residual stream turns."""
     shards = source.shards()
-    if config.residual and OUTPUT not in source:
+    if unties_head(source, config):
         shards["output"] = [*shards["output"], OUTPUT]
     return shards
 
@@ -172,8 +225,8 @@ def plan(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -
             }
             for rotation in rotations
         ],
-        "folded_norms": len(folded_norms(source)) if config.residual else 0,
-        "unties_head": config.residual and OUTPUT not in source,
+        "folded_norms": len(folded_norms(source, rotations)),
+        "unties_head": unties_head(source, config),
         "moves_statistics": stats is not None,
         "tensors": len(names),
         "tensor_bytes": elements * FLOAT32_BYTES,
@@ -226,7 +279,7 @@ def rotate(
         **carried,
         "hyperparameters": {
             **carried["hyperparameters"],
-            "tied": carried["hyperparameters"]["tied"] and not config.residual,
+            "tied": carried["hyperparameters"]["tied"] and not unties_head(source, config),
         },
         **({"target": target} if target else {}),
         "rotations": [rotation.to_json() for rotation in rotations],

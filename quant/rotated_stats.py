@@ -12,29 +12,14 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import OUTPUT_NORM, block_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.rotation import Rotation
 from rondel.converters.stats import MOVED, OUTPUT_IN, TEXT, WINDOWS, Stats, site_tensor
-from rondel.quant.fold import foldable_norms
+from rondel.quant.fold import folded_gain, turned_sites
 from rondel.quant.hadamard import rotate_channels
 from rondel.quant.workers import Workers
 
 CHUNK = 256  # rows that one worker turns at a time
-
-
-def _rotation_at(source: Checkpoint, rotations: list[Rotation], site: str) -> Rotation | None:
-    """The rotation that the vectors at a site go through: the residual stream's behind each folded norm."""
-    behind_norm = site == OUTPUT_IN or site in foldable_norms(source.family)
-    wanted = "residual" if behind_norm else site
-    return next((rotation for rotation in rotations if rotation.site == wanted), None)
-
-
-def _gain_at(source: Checkpoint, layer: int | None, site: str) -> str | None:
-    if layer is None:
-        return OUTPUT_NORM
-    role = foldable_norms(source.family).get(site)
-    return block_tensor(layer, role) if role else None
 
 
 def _places(source: Checkpoint) -> list[tuple[int | None, str]]:
@@ -45,15 +30,16 @@ def _places(source: Checkpoint) -> list[tuple[int | None, str]]:
 def check_movable(source: Checkpoint, stats: Stats, rotations: list[Rotation]) -> None:
     """Refuse statistics that are not of this model, or that cannot follow these rotations."""
     stats.check_basis(source)
+    turned = turned_sites(source, rotations)
     for layer, site in _places(source):
-        if not stats.has(layer, site) or _rotation_at(source, rotations, site) is None:
+        if not stats.has(layer, site) or site not in turned:
             continue
         if not stats.has(layer, site, "second_moment"):
             raise RondelError(
                 f"{stats.root}: holds only diagonals, which cannot follow a rotation; "
                 "calibrate without --diagonal, or calibrate the rotated model"
             )
-        gain = _gain_at(source, layer, site)
+        gain = folded_gain(source, rotations, layer, site)
         if gain and not bool(source.read(gain).all()):
             raise RondelError(
                 f"{source.root}: {gain} holds a gain of zero, so statistics behind it cannot follow a rotation; "
@@ -90,15 +76,16 @@ class MovedStats:
         self.stats = stats
         self.rotations = rotations
         self.workers = workers
+        self._turned = turned_sites(source, rotations)
 
     def site(self, layer: int | None, site: str) -> dict[str, torch.Tensor]:
         """The tensors of one site; one that no rotation touches keeps all it has."""
-        rotation = _rotation_at(self.source, self.rotations, site)
+        rotation = self._turned.get(site)
         moment = self.stats.second_moment(layer, site)
         if rotation is None or moment is None:
             kept = (site_tensor(layer, site, what) for what in ("second_moment", "diagonal", "absmax", "count"))
             return {name: self.stats.read(name) for name in kept if name in self.stats}
-        gain = _gain_at(self.source, layer, site)
+        gain = folded_gain(self.source, self.rotations, layer, site)
         gains = self.source.read(gain) if gain else None
         moved = move_second_moment(moment, rotation, gains, self.workers).to(torch.float32)
         return {

@@ -9,7 +9,7 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
-from rondel.quant.rotate import RotateConfig, validate
+from rondel.quant.rotate import RotateConfig, unties_head, validate
 from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 
@@ -20,7 +20,7 @@ class RotatedView(Checkpoint):
     def __init__(self, source: Checkpoint, config: RotateConfig) -> None:
         rotations = validate(source, config)
         tensors = dict(source.manifest["tensors"])
-        if config.residual and OUTPUT not in source:
+        if unties_head(source, config):
             tensors[OUTPUT] = tensors[source.head()]
         records = [rotation.to_json() for rotation in rotations]
         numbers = {**source.manifest["hyperparameters"], "tied": OUTPUT not in tensors}

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.family import EMBEDDING, OUTPUT
+from rondel.converters.family import EMBEDDING, OUTPUT, Linear
 from rondel.converters.rotation import Rotation
-from rondel.quant.fold import folded_norms, gain_of_reader
-from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
+from rondel.quant.fold import folded_gain, folded_norms, place_of_reader, turned_sites
+from rondel.quant.hadamard import rotate_channels
 from rondel.quant.workers import Workers
 
 CHUNK = 256  # rows or columns that one worker turns at a time; a constant, so that results do not depend on threads
-
-
-def _value_rotation(source: Checkpoint, heads: Rotation) -> Rotation:
-    """The rotation of the value channels that the rotation of the heads implies: one query head of each group."""
-    numbers = source.numbers
-    signs = unpack_signs(heads.signs, heads.size).reshape(numbers.kv_heads, -1, numbers.head_dim)[:, 0].flatten()
-    return Rotation("values", heads.kind, False, len(signs), heads.block, pack_signs(signs))
 
 
 class Rotator:
@@ -34,65 +27,73 @@ class Rotator:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.source = source
+        self.rotations = rotations
         self.workers = workers
         self.device = device
         self.dtype = dtype
-        by_site = {rotation.site: rotation for rotation in rotations}
-        self.residual, self.heads = by_site.get("residual"), by_site.get("heads")
-        # What turns the vectors at a site, for the matrices that read it, and for those that write it.
-        self.reading = dict(by_site)
-        self.writing = {"residual": self.residual} if self.residual else {}
-        if self.heads:
-            self.writing["values"] = _value_rotation(source, self.heads)
-        self.folded = set(folded_norms(source)) if self.residual else set()
+        self.turned = turned_sites(source, rotations)
+        # An online rotation stands behind what a site is made of, in front of those that read it.
+        self.written = {site: rotation for site, rotation in self.turned.items() if not rotation.online}
+        self.folded = set(folded_norms(source, rotations))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The rotated tensor of that name."""
         if name in self.folded:
             return torch.ones(self.source.info(name).shape, dtype=self.dtype)
-        if name in (EMBEDDING, OUTPUT):
-            stored = name if name in self.source else self.source.head()
-            return self._turn(self.source.read(stored), columns=self.residual, gain=self._gain(name))
-        role = name.split(".")[2] if name.startswith("blk.") else None
-        linear = next((linear for linear in self.source.family.linears if linear.role == role), None)
-        if linear is None:
+        linear = self.source.family.linear_of(name)
+        if linear is None and name not in (EMBEDDING, OUTPUT):
             return self.source.read_float(name, self.dtype)
-        writing = self.writing.get(linear.writes)
-        if name.endswith(".bias"):
-            bias = self.source.read_float(name, torch.float64)
-            return (rotate_channels(bias, writing) if writing else bias).to(self.dtype)
-        gain = self._gain(name)
-        columns = self.reading.get(linear.reads) if gain is None else self.residual
-        return self._turn(self.source.read(name), rows=writing, columns=columns, gain=gain)
+        weight = self.source.read(name if name in self.source else self.source.head())
+        if name == EMBEDDING:
+            # Its rows are vectors of the stream; at a boundary they turn when they are looked up.
+            kept = any(rotation.site == "boundary" for rotation in self.rotations)
+            return self._turn_columns(weight, None if kept else self.turned.get("residual"))
+        if linear is not None:
+            weight = self._turn_rows(weight, linear)
+        place = place_of_reader(self.source, name)
+        if place is None:
+            return weight.to(self.dtype)
+        gain = folded_gain(self.source, self.rotations, *place)
+        gains = self.source.read_float(gain, torch.float64).to(self.device) if gain else None
+        return self._turn_columns(weight, self.turned.get(place[1]), gains)
 
-    def _gain(self, name: str) -> torch.Tensor | None:
-        norm = gain_of_reader(self.source, name) if self.residual else None
-        return self.source.read_float(norm, torch.float64).to(self.device) if norm else None
+    def _turn_rows(self, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """The weight (rows, cols) or bias (rows,) after turning the channels that its rows write, site by site."""
+        parts = [(site, self.source.numbers.size(size)) for site, size in linear.parts] or [
+            (linear.writes, len(weight))
+        ]
+        if not any(site in self.written for site, _ in parts):
+            return weight
+        turned = weight.to(torch.float64, copy=True)
+        heads = turned.reshape(-1, sum(size for _, size in parts), max(1, turned[0].numel()))
+        first = 0
+        for site, size in parts:
+            if site in self.written:
+                self._turn_part(heads[:, first : first + size], self.written[site])
+            first += size
+        return turned
 
-    def _turn(
-        self,
-        weight: torch.Tensor,
-        *,
-        rows: Rotation | None = None,
-        columns: Rotation | None = None,
-        gain: torch.Tensor | None = None,
+    def _turn_part(self, rows: torch.Tensor, rotation: Rotation) -> None:
+        """Turn the channels of rows (heads, rows of a head, cols) in place."""
+        shape = rows.shape
+
+        def turn(first: int) -> None:
+            part = rows[..., first : first + CHUNK].to(self.device).flatten(0, 1)
+            rows[..., first : first + CHUNK] = rotate_channels(part.T, rotation).T.reshape(*shape[:2], -1).cpu()
+
+        self.workers.run(turn, range(0, shape[2], CHUNK))
+
+    def _turn_columns(
+        self, weight: torch.Tensor, rotation: Rotation | None, gain: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The weight (rows, cols) after turning its rows' channels, then its columns' ones with a gain before."""
+        """The weight (rows, cols) after turning the channels that its columns meet, with a gain before."""
         out = torch.empty(weight.shape, dtype=self.dtype)
-        turned = torch.empty(weight.shape, dtype=torch.float64) if rows else weight
 
-        def turn_rows(first: int) -> None:
-            part = weight[:, first : first + CHUNK].to(self.device, torch.float64)
-            assert rows is not None
-            turned[:, first : first + CHUNK] = rotate_channels(part.T, rows).T.cpu()
-
-        def turn_columns(first: int) -> None:
-            part = turned[first : first + CHUNK].to(self.device, torch.float64)
+        def turn(first: int) -> None:
+            part = weight[first : first + CHUNK].to(self.device, torch.float64)
             part = part if gain is None else part * gain
-            part = part if columns is None else rotate_channels(part, columns)
+            part = part if rotation is None else rotate_channels(part, rotation)
             out[first : first + CHUNK] = part.to(self.dtype).cpu()
 
-        if rows:
-            self.workers.run(turn_rows, range(0, weight.shape[1], CHUNK))
-        self.workers.run(turn_columns, range(0, weight.shape[0], CHUNK))
+        self.workers.run(turn, range(0, weight.shape[0], CHUNK))
         return out

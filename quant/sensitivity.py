@@ -125,7 +125,7 @@ class _Pass:
         """Look the tokens up."""
         embedding = self.source.read(EMBEDDING)
         for window in range(self.count):
-            self.behind(0)[window] = embedding[self.windows[window]].to(torch.float32)
+            self.behind(0)[window] = self.layers.look_up(embedding[self.windows[window]])
 
     def forward(self, layer: int, workers: Workers) -> None:
         """Fill the states behind a layer."""
@@ -254,7 +254,8 @@ def measure_sensitivity(
                 for linear in source.family.linears:
                     sums, energy = found[linear.role][:-1], found[linear.role][-1]
                     keep(block_tensor(layer, linear.role), _canonical(source, linear, sums) / energy)
-            stream = run.behind(0).flatten(0, 1).to(torch.float64).square().mean(0).numpy()
+            read = run.layers.turn_back(run.behind(0).flatten(0, 1).to(torch.float64))
+            stream = read.square().mean(0).numpy()
     finally:
         run.states.remove()
     return Sensitivity(rows, stream, _frequencies(windows, source.numbers.vocabulary))

@@ -142,11 +142,13 @@ def test_same_bytes_for_any_threads_and_after_interruptions(budget, tmp_path, mo
     assert {path.suffix for path in (tmp_path / "stopped").iterdir()} == {".safetensors", ".json", ".gguf"}
 
 
-def test_rotated_models_can_be_calibrated(tmp_path):
-    """What a rotated model sees is what moving the plain model's statistics says, online rotation included."""
-    source, text = model("llama", tmp_path, heads=6, width=48, kv_heads=2, head_dim=16), windows()
+@pytest.mark.parametrize("tied", [False, True])
+def test_rotated_models_can_be_calibrated(tied, tmp_path):
+    """What a rotated model sees is what moving the plain model's statistics says, online rotations included."""
+    source, text = model("llama", tmp_path, heads=6, width=48, kv_heads=2, head_dim=16, tied=tied), windows()
     stats = calibrate(source, tmp_path / "calib", CONFIG, text)
-    rotated = rotate(source, tmp_path / "rotated", RotateConfig(hidden="full", target="rondel"), stats)
+    config = RotateConfig(hidden="full", queries=8, keep_tied=tied, target="rondel")
+    rotated = rotate(source, tmp_path / "rotated", config, stats)
     moved, seen = open_stats(tmp_path / "rotated"), calibrate(rotated, tmp_path / "again", CONFIG, text)
     seen.check_basis(rotated)
     for layer, site in [
@@ -158,6 +160,8 @@ def test_rotated_models_can_be_calibrated(tmp_path):
         (None, "output_in"),
     ]:
         assert close(moved.second_moment(layer, site), seen.second_moment(layer, site).double(), ROTATED), (layer, site)
+    if tied:  # the head reads what it read before
+        assert close(seen.second_moment(None, "output_in"), stats.second_moment(None, "output_in").double(), ROTATED)
 
 
 def test_text_is_cut_into_windows(tmp_path):

@@ -17,7 +17,7 @@ from rondel.converters.family import OUTPUT, OUTPUT_NORM, Norm, block_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.stats import Stats, open_stats, site_tensor
 from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
-from rondel.quant.reference import reference_logits
+from rondel.quant.reference import ReferenceModel, reference_logits
 from rondel.quant.rotate import RotateConfig, plan, rotate
 from rondel.quant.rotated_view import RotatedView
 from rondel.quant.rotator import Rotator
@@ -51,7 +51,8 @@ ROTATIONS = {
     "residual": RotateConfig(heads=False),
     "heads": RotateConfig(residual=False),
     "hidden": RotateConfig(residual=False, heads=False, hidden="full", target="rondel"),
-    "all": RotateConfig(hidden=4, target="rondel", seed=3),
+    "queries": RotateConfig(residual=False, heads=False, queries=8, target="rondel"),
+    "all": RotateConfig(hidden=4, queries="full", target="rondel", seed=3),
 }
 TOKENS = torch.randint(0, 288, (24,), generator=torch.Generator().manual_seed(5))
 
@@ -86,8 +87,9 @@ def rotated_weights(source: Checkpoint, rotation: str) -> list[str]:
         "residual": ["attn_q", "attn_output", "ffn_gate", "ffn_down"],
         "heads": ["attn_v", "attn_output"],
         "hidden": ["ffn_down"],
+        "queries": [],
     }
-    wanted = roles.get(rotation) or sorted({role for some in roles.values() for role in some})
+    wanted = roles[rotation] if rotation in roles else sorted({role for some in roles.values() for role in some})
     return [block_tensor(layer, role) for layer in range(source.numbers.layers) for role in wanted]
 
 
@@ -135,6 +137,39 @@ def test_online_rotation_is_left_to_the_runtime(tmp_path):
     assert difference(turned, hidden @ source.read_float(name, torch.float64).T) < STORED_F32
 
 
+def test_a_tied_head_keeps_its_basis(tmp_path):
+    source, config = model("qwen3-tied", tmp_path), RotateConfig(keep_tied=True, target="rondel")
+    expected = reference_logits(source, TOKENS)
+    assert difference(reference_logits(RotatedView(source, config), TOKENS), expected) < EXACT
+    rotated = rotate(source, tmp_path / "rotated", config)
+    assert difference(reference_logits(rotated, TOKENS), expected) < STORED_F32
+    assert difference(reference_logits(rotated, TOKENS, torch.float32), expected) < FLOAT32
+    assert OUTPUT not in rotated
+    assert rotated.numbers.tied
+    for name in ("token_embd.weight", OUTPUT_NORM):
+        assert torch.equal(rotated.read(name), source.read(name))
+    assert rotated.read("blk.0.attn_norm.weight").eq(1).all()
+    fused, ends = rotated.rotations[:2]
+    assert (fused.site, fused.online, ends.site, ends.online) == ("residual", False, "boundary", True)
+    assert (ends.size, ends.block, ends.signs) == (fused.size, fused.block, fused.signs)
+    for forgotten in ([], [dataclasses.replace(ends, signs="00" * (len(ends.signs) // 2))]):
+        records = [fused.to_json(), *(record.to_json() for record in forgotten)]
+        spoiled = Patched(rotated, {}, rotations=records)
+        assert difference(reference_logits(spoiled, TOKENS), expected) > BROKEN
+
+
+def test_queries_and_keys_turn_alike(tmp_path):
+    """Turning the queries but not the keys would show: the oracle's rotation behind RoPE is not the identity."""
+    source = model("qwen3", tmp_path)
+    rotated = rotate(source, tmp_path / "rotated", ROTATIONS["queries"])
+    (record,) = rotated.rotations
+    assert (record.site, record.online, record.size, record.block) == ("queries", True, 24, 8)
+    keys = ReferenceModel(rotated)._keys_values(0, ReferenceModel(rotated).embed(TOKENS))[0]
+    before = ReferenceModel(source)._keys_values(0, ReferenceModel(source).embed(TOKENS))[0]
+    assert torch.equal(keys, rotate_channels(before, record))
+    assert difference(keys, before) > BROKEN
+
+
 def broken(source: Checkpoint, rotated: Checkpoint, what: str) -> dict[str, torch.Tensor]:
     """Tensors of a rotated model as they would be had one step been forgotten."""
     heads = next(rotation for rotation in rotated.rotations if rotation.site == "heads")
@@ -158,7 +193,7 @@ def broken(source: Checkpoint, rotated: Checkpoint, what: str) -> dict[str, torc
     wrong = dataclasses.replace(heads, signs=pack_signs(signs[::group].repeat(group, 1).flatten()))
     with Workers(1) as workers:
         rotator = Rotator(source, [residual, wrong], workers, dtype=torch.float64)
-        rotator.writing["values"] = Rotator(source, [heads], workers).writing["values"]
+        rotator.written["values"] = Rotator(source, [heads], workers).written["values"]
         return {n: rotator.tensor(n) for n in (block_tensor(layer, "attn_output") for layer in layers)}
 
 
@@ -182,6 +217,14 @@ def test_refusals(tmp_path, monkeypatch):
         rotate(source, out, RotateConfig(hidden=43, target="rondel"))
     with pytest.raises(RondelError, match="nothing to rotate"):
         rotate(source, out, RotateConfig(residual=False, heads=False))
+    with pytest.raises(RondelError, match=r"--queries.* online"):
+        rotate(source, out, RotateConfig(queries="full"))
+    with pytest.raises(RondelError, match="blocks of 16 do not divide the 24 query channels"):
+        rotate(source, out, RotateConfig(queries=16, target="rondel"))
+    with pytest.raises(RondelError, match=r"--keep-tied.* online"):
+        rotate(source, out, RotateConfig(keep_tied=True))
+    with pytest.raises(RondelError, match="the head has a matrix of its own"):
+        rotate(source, out, RotateConfig(keep_tied=True, target="rondel"))
     with pytest.raises(RondelError, match="too late"):
         rotate(Patched(source, {}, target="rondel"), out, RotateConfig(target="llama.cpp"))
     assert not out.exists()
