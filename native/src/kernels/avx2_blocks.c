@@ -5,12 +5,6 @@
 /* Sums of two products of unsigned codes <= 63 (127 x 63 x 2 < 2^15) and activation quants. */
 static inline __m256i products(__m256i codes, const int8_t *x) { return _mm256_maddubs_epi16(codes, load_256(x)); }
 
-/* Sums of four products of signed codes and activation quants: |q| * (x sign(q)), 128 x 127 x 2 < 2^15. */
-static inline __m256i signed_products(__m256i codes, const int8_t *x) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(load_256(x), codes));
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
 static inline __m256i codes_q4_0(const void *block) {
     return _mm256_sub_epi8(nibbles_32(((const struct q4_0 *)block)->codes), _mm256_set1_epi8(8));
 }
@@ -43,14 +37,12 @@ static inline float dot_blocks_of_32(const uint8_t *row, const void *packed, int
         _mm256_storeu_ps(scale, _mm256_mul_ps(scales_of_8(heads), _mm256_loadu_ps(scales + i)));
         if (with_min) _mm256_storeu_ps(min, mins_of_8(heads));
         for (int j = 0; j < 8; j++, row += bytes, quants += 32) {
-            __m256 sum = _mm256_cvtepi32_ps(signed_products(codes(row), quants));
-            total = _mm256_fmadd_ps(_mm256_broadcast_ss(scale + j), sum, total);
+            total = add_scaled(total, scale[j], signed_fours(codes(row), quants));
             if (with_min) mins = fmaf(min[j], sums[i + j], mins);
         }
     }
     for (; i < blocks; i++, row += bytes, quants += 32) {
-        __m256 scale = _mm256_set1_ps(load_half(row) * scales[i]);
-        total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(signed_products(codes(row), quants)), total);
+        total = add_scaled(total, load_half(row) * scales[i], signed_fours(codes(row), quants));
         if (with_min) mins = fmaf(load_half(row + 2), sums[i], mins);
     }
     return sum_of_floats(total) + mins;
@@ -90,9 +82,8 @@ float avx2_dot_q2_k(const void *row, const void *packed, int64_t cols) {
             __m256i pairs = products(fields_2(load_256(w->codes + i / 4 * 32), i % 4), x->quants + 32 * i);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), pairs));
         }
-        __m256 min = _mm256_cvtepi32_ps(dot_sums(x->sums, _mm256_cvtepi8_epi16(mins)));
-        total = _mm256_fnmadd_ps(_mm256_set1_ps(load_half(w->min) * x->scale), min, total);
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, -(load_half(w->min) * x->scale), dot_sums(x->sums, _mm256_cvtepi8_epi16(mins)));
+        total = add_scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return sum_of_floats(total);
 }
@@ -112,13 +103,12 @@ float avx2_dot_q3_k(const void *row, const void *packed, int64_t cols) {
             __m256i pairs = _mm256_sub_epi16(products(codes, x->quants + 32 * i), products(four, x->quants + 32 * i));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), pairs));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return sum_of_floats(total);
 }
 
-/* Q4_K, and Q5_K with its fifth bits: nibbles at `codes`, bit i of `high` (or NULL) belongs to sub-block i. */
-static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
+static inline __m256i q4_k_products(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
     __m256i sum = _mm256_setzero_si256(), nibble = _mm256_set1_epi8(15);
     int16_t scales[16];
     _mm256_storeu_si256((__m256i *)scales, factors); /* eight scales, then eight mins */
@@ -136,29 +126,11 @@ static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const
 }
 
 float avx2_dot_q4_k(const void *row, const void *packed, int64_t cols) {
-    const struct q4_k *w = row;
-    const struct q8_k *x = packed;
-    __m128 totals = _mm_setzero_ps();
-    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++) {
-        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
-        __m256i sum = products_q4_k(factors, w->codes, NULL, x);
-        totals = add_totals(totals, w, x, sum, dot_sums(x->sums, mins_twice(factors)));
-    }
-    return difference(totals);
+    return dot_q4_k(row, packed, cols, q4_k_products);
 }
 
 float avx2_dot_q5_k(const void *row, const void *packed, int64_t cols) {
-    const struct q5_k *w = row;
-    const struct q8_k *x = packed;
-    __m256 total = _mm256_setzero_ps();
-    float mins = 0;
-    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++) {
-        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
-        __m256i sum = products_q4_k(factors, w->codes, w->high, x);
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
-        mins = add_mins(mins, w, x, dot_sums(x->sums, mins_twice(factors)));
-    }
-    return sum_of_floats(total) - mins;
+    return dot_q5_k(row, packed, cols, q4_k_products);
 }
 
 /* With u = q + 32 in 0..63: sum of s (q x) = sum of s (u x) - 32 sum of s sum(x). */
@@ -177,7 +149,7 @@ float avx2_dot_q6_k(const void *row, const void *packed, int64_t cols) {
             __m256i codes = _mm256_or_si256(low, _mm256_slli_epi16(fields_2(high, t), 4));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale_pair(scales, i), products(codes, x->quants + 32 * i)));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return sum_of_floats(total);
 }

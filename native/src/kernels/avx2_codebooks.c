@@ -4,11 +4,6 @@
 #include "codebooks.h"
 #include "x86.h"
 
-/* Sums of two products of signed codes and activation quants: |q| * (x sign(q)), 127 x 127 x 2 < 2^15. */
-static inline __m256i pairs(__m256i codes, const int8_t *x) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(load_256(x), codes));
-}
-
 /* 32 codes that are places in a table of 16 levels. */
 static inline __m256i levels_32(const uint8_t codes[16], const int8_t levels[16]) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(levels)), nibbles_32(codes));
@@ -23,10 +18,10 @@ static inline float dot_blocks_of_256(const uint8_t *row, const struct q8_k *x, 
         __m256i sum = _mm256_setzero_si256();
         for (int s = 0; s < 16; s += 2) {
             __m256i scales = _mm256_set_m128i(_mm_set1_epi16(block.scales[s + 1]), _mm_set1_epi16(block.scales[s]));
-            __m256i products = pairs(load_256(block.codes + 16 * s), x->quants + 16 * s);
+            __m256i products = signed_pairs(load_256(block.codes + 16 * s), x->quants + 16 * s);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scales, products));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(block.scale * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, block.scale * x->scale, sum);
     }
     return sum_of_floats(total);
 }
@@ -52,11 +47,11 @@ float avx2_dot_iq4_xs(const void *row, const void *packed, int64_t cols) {
         __m256i sum = _mm256_setzero_si256();
         for (int i = 0; i < 8; i++) {
             int low = w->scales_low[i / 2] >> i % 2 * 4 & 15, high = word_at(w->scales_high) >> 2 * i & 3;
-            __m256i products = pairs(levels_32(w->codes + 16 * i, iq4_levels), x->quants + 32 * i);
+            __m256i products = signed_pairs(levels_32(w->codes + 16 * i, iq4_levels), x->quants + 32 * i);
             __m256i scale = _mm256_set1_epi16((short)((low | high << 4) - 32));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scale, products));
         }
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return sum_of_floats(total);
 }
@@ -76,36 +71,26 @@ float avx2_dot_tq2_0(const void *row, const void *packed, int64_t cols) {
         }
         sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
         sum = _mm256_sub_epi32(sum, dot_sums(x->sums, _mm256_set1_epi16(1)));
-        total = _mm256_fmadd_ps(_mm256_set1_ps(load_half(w->scale) * x->scale), _mm256_cvtepi32_ps(sum), total);
+        total = add_scaled(total, load_half(w->scale) * x->scale, sum);
     }
     return sum_of_floats(total);
 }
 
-float avx2_dot_mxfp4(const void *row, const void *packed, int64_t cols) {
-    const struct mxfp4 *w = row;
-    const int8_t *quants = packed;
-    const float *scales = q8_scales(packed, cols);
-    __m256 total = _mm256_setzero_ps();
-    for (int64_t i = 0; i < cols / 32; i++) {
-        __m256i products = pairs(levels_32(w[i].codes, mxfp4_levels), quants + 32 * i);
-        __m256i sum = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
-        __m256 scale = _mm256_set1_ps(mxfp4_scale(w[i].exponent) * scales[i]);
-        total = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), total);
-    }
-    return sum_of_floats(total);
+/* Columns 32 part .. of a block as bytes. */
+static inline __m256i codes_mxfp4(const void *block, int part) {
+    return levels_32(((const struct mxfp4 *)block)->codes + 16 * part, mxfp4_levels);
 }
 
-/* Columns 32 part .. of Q1_0 and Q2_0 as bytes. */
-static inline __m256i signs_of(const struct q1_0 *block, int part) {
-    __m256i twice = _mm256_srli_epi16(fifth_bits_32(block->codes + 4 * part), 3);
+static inline __m256i codes_q1_0(const void *block, int part) {
+    __m256i twice = _mm256_srli_epi16(fifth_bits_32(((const struct q1_0 *)block)->codes + 4 * part), 3);
     return _mm256_sub_epi8(twice, _mm256_set1_epi8(1));
 }
 
-static inline __m256i fields_of(const struct q2_0 *block, int part) {
+static inline __m256i codes_q2_0(const void *block, int part) {
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6,
                                             6, 7, 7, 7, 7);
     int64_t bytes;
-    memcpy(&bytes, block->codes + 8 * part, 8);
+    memcpy(&bytes, ((const struct q2_0 *)block)->codes + 8 * part, 8);
     __m256i four = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), spread);
     __m256i codes = _mm256_and_si256(four, _mm256_set1_epi32(3));
     codes = _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi16(four, 2), _mm256_set1_epi32(3 << 8)));
@@ -114,28 +99,29 @@ static inline __m256i fields_of(const struct q2_0 *block, int part) {
     return _mm256_sub_epi8(codes, _mm256_set1_epi8(1));
 }
 
-static inline __m256 add_part(__m256 total, float scale, __m256i codes, const int8_t *x) {
-    __m256i sum = _mm256_madd_epi16(pairs(codes, x), _mm256_set1_epi16(1));
-    return _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(sum), total);
-}
+static inline float scale_mxfp4(const void *block) { return mxfp4_scale(((const struct mxfp4 *)block)->exponent); }
+static inline float scale_q1_0(const void *block) { return load_half(((const struct q1_0 *)block)->scale); }
+static inline float scale_q2_0(const void *block) { return load_half(((const struct q2_0 *)block)->scale); }
 
-float avx2_dot_q1_0(const void *row, const void *packed, int64_t cols) {
-    const struct q1_0 *w = row;
+/* Blocks of 32, 64 or 128 columns beside activations in blocks of 32: each part of 32 has the scale of its block. */
+static inline float dot_parts(const uint8_t *row, const void *packed, int64_t cols, int columns, int bytes,
+                              float (*scale)(const void *), __m256i (*codes)(const void *, int)) {
     const int8_t *quants = packed;
     const float *scales = q8_scales(packed, cols);
     __m256 total = _mm256_setzero_ps();
-    for (int64_t i = 0; i < cols / 32; i++)
-        total = add_part(total, load_half(w[i / 4].scale) * scales[i], signs_of(w + i / 4, (int)(i % 4)), quants + 32 * i);
+    for (int64_t i = 0; i < cols; i += 32) {
+        const uint8_t *block = row + i / columns * bytes;
+        __m256i sum = signed_fours(codes(block, (int)(i % columns / 32)), quants + i);
+        total = add_scaled(total, scale(block) * scales[i / 32], sum);
+    }
     return sum_of_floats(total);
 }
 
-float avx2_dot_q2_0(const void *row, const void *packed, int64_t cols) {
-    const struct q2_0 *w = row;
-    const int8_t *quants = packed;
-    const float *scales = q8_scales(packed, cols);
-    __m256 total = _mm256_setzero_ps();
-    for (int64_t i = 0; i < cols / 32; i++)
-        total = add_part(total, load_half(w[i / 2].scale) * scales[i], fields_of(w + i / 2, (int)(i % 2)), quants + 32 * i);
-    return sum_of_floats(total);
-}
+#define DOT_PARTS(name, columns)                                                                       \
+    float avx2_dot_##name(const void *row, const void *packed, int64_t cols) {                         \
+        return dot_parts(row, packed, cols, columns, sizeof(struct name), scale_##name, codes_##name); \
+    }
+DOT_PARTS(mxfp4, 32)
+DOT_PARTS(q1_0, 128)
+DOT_PARTS(q2_0, 64)
 #endif

@@ -110,10 +110,6 @@ static inline __m256i lanes(__m512i sums) {
     return _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
 }
 
-static inline __m256 scaled(__m256 total, float scale, __m256i sums) {
-    return _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(sums), total);
-}
-
 float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
     const struct q2_k *w = row;
     const struct q8_k *x = packed;
@@ -125,8 +121,8 @@ float avx512_dot_q2_k(const void *row, const void *packed, int64_t cols) {
         __m512i codes = _mm512_loadu_si512(w->codes), sum = _mm512_setzero_si512();
         for (int t = 0; t < 4; t++)
             sum = accumulate(sum, scales_of_field(scales, t), fields_2(codes, t), quants_of_field(x, t));
-        total = scaled(total, -(load_half(w->min) * x->scale), dot_sums(x->sums, mins));
-        total = scaled(total, load_half(w->scale) * x->scale, lanes(sum));
+        total = add_scaled(total, -(load_half(w->min) * x->scale), dot_sums(x->sums, mins));
+        total = add_scaled(total, load_half(w->scale) * x->scale, lanes(sum));
     }
     return sum_of_floats(total);
 }
@@ -147,7 +143,7 @@ float avx512_dot_q3_k(const void *row, const void *packed, int64_t cols) {
             __m512i pairs = _mm512_sub_epi16(_mm512_maddubs_epi16(u, quants), _mm512_maddubs_epi16(four, quants));
             sum = _mm512_dpwssd_epi32(sum, pairs, scales_of_field(scales, t));
         }
-        total = scaled(total, load_half(w->scale) * x->scale, lanes(sum));
+        total = add_scaled(total, load_half(w->scale) * x->scale, lanes(sum));
     }
     return sum_of_floats(total);
 }
@@ -170,14 +166,14 @@ float avx512_dot_q6_k(const void *row, const void *packed, int64_t cols) {
             sum = accumulate(sum, scales_of_field(scales, t), u, quants_of_field(x, t));
         }
         __m256i signed_sum = _mm256_sub_epi32(lanes(sum), _mm256_slli_epi32(dot_sums(x->sums, scales), 5));
-        total = scaled(total, load_half(w->scale) * x->scale, signed_sum);
+        total = add_scaled(total, load_half(w->scale) * x->scale, signed_sum);
     }
     return sum_of_floats(total);
 }
 
-/* Q4_K, and Q5_K with its fifth bits. Vector v of 64 code bytes holds in its low nibbles the sub-blocks 4 v and
- * 4 v + 2, in its high nibbles 4 v + 1 and 4 v + 3. Bit i of a byte of `high` (or NULL) belongs to sub-block i. */
-static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
+/* Vector v of 64 code bytes holds in its low nibbles the sub-blocks 4 v and 4 v + 2, in its high nibbles 4 v + 1 and
+ * 4 v + 3. */
+static inline __m256i q4_k_products(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x) {
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < 4; i++) {
         int first = i / 2 * 4 + i % 2; /* the lower of the two sub-blocks */
@@ -195,27 +191,10 @@ static inline __m256i products_q4_k(__m256i factors, const uint8_t *codes, const
 }
 
 float avx512_dot_q4_k(const void *row, const void *packed, int64_t cols) {
-    const struct q4_k *w = row;
-    const struct q8_k *x = packed;
-    __m128 totals = _mm_setzero_ps();
-    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++) {
-        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
-        __m256i sum = products_q4_k(factors, w->codes, NULL, x);
-        totals = add_totals(totals, w, x, sum, dot_sums(x->sums, mins_twice(factors)));
-    }
-    return difference(totals);
+    return dot_q4_k(row, packed, cols, q4_k_products);
 }
 
 float avx512_dot_q5_k(const void *row, const void *packed, int64_t cols) {
-    const struct q5_k *w = row;
-    const struct q8_k *x = packed;
-    __m256 total = _mm256_setzero_ps();
-    float mins = 0;
-    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++) {
-        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
-        total = scaled(total, load_half(w->scale) * x->scale, products_q4_k(factors, w->codes, w->high, x));
-        mins = add_mins(mins, w, x, dot_sums(x->sums, mins_twice(factors)));
-    }
-    return sum_of_floats(total) - mins;
+    return dot_q5_k(row, packed, cols, q4_k_products);
 }
 #endif

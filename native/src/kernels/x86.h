@@ -65,6 +65,19 @@ static inline int32_t sum_of_ints(__m256i x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
+/* total + scale * sums */
+static inline __m256 add_scaled(__m256 total, float scale, __m256i sums) {
+    return _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(sums), total);
+}
+
+/* Sums of two products of signed codes and activation quants: |q| * (x sign(q)), 128 x 127 x 2 < 2^15. */
+static inline __m256i signed_pairs(__m256i codes, const int8_t *x) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(load_256(x), codes));
+}
+static inline __m256i signed_fours(__m256i codes, const int8_t *x) {
+    return _mm256_madd_epi16(signed_pairs(codes, x), _mm256_set1_epi16(1));
+}
+
 /* The first two halves of eight blocks of 32, `bytes` apart, as dwords: the scale below, where there is one the minimum
  * above. */
 static inline __m256i heads_of_8(const uint8_t *blocks, int bytes) { /* eight loads are faster than a gather */
@@ -143,6 +156,31 @@ static inline float add_mins(float total, const struct q5_k *w, const struct q8_
 /* sum over the 16 sub-blocks of factor x (sum of 16 quants), as eight partial sums. */
 static inline __m256i dot_sums(const int16_t sums[16], __m256i factors) {
     return _mm256_madd_epi16(load_256(sums), factors);
+}
+
+/* Q4_K's and Q5_K's products of one block, as eight partial sums of scale x code x quant. `factors`: eight scales, then
+ * eight minima. Bit i of a byte of `high` (NULL for Q4_K) belongs to sub-block i. */
+typedef __m256i products_q4_k(__m256i factors, const uint8_t *codes, const uint8_t *high, const struct q8_k *x);
+
+static inline float dot_q4_k(const struct q4_k *w, const struct q8_k *x, int64_t cols, products_q4_k *products) {
+    __m128 totals = _mm_setzero_ps();
+    for (const struct q4_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        __m256i sum = products(factors, w->codes, NULL, x);
+        totals = add_totals(totals, w, x, sum, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return difference(totals);
+}
+
+static inline float dot_q5_k(const struct q5_k *w, const struct q8_k *x, int64_t cols, products_q4_k *products) {
+    __m256 total = _mm256_setzero_ps();
+    float mins = 0;
+    for (const struct q5_k *end = w + cols / 256; w < end; w++, x++) {
+        __m256i factors = _mm256_cvtepu8_epi16(scales_q4_k(w->scales));
+        total = add_scaled(total, load_half(w->scale) * x->scale, products(factors, w->codes, w->high, x));
+        mins = add_mins(mins, w, x, dot_sums(x->sums, mins_twice(factors)));
+    }
+    return sum_of_floats(total) - mins;
 }
 
 #endif
