@@ -116,7 +116,6 @@ class Rondel:
     CALIBRATION_SHA256 = "rondel.calibration.sha256"
     CALIBRATION_TOKENS = "rondel.calibration.tokens"
     RECIPE = "rondel.recipe"
-    EVAL = "rondel.eval."
     REPLICATION = "rondel.replication."
     ROTATION_COUNT = "rondel.rotation.count"
     ROTATION = "rondel.rotation.{index}.{field}"

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rondel.converters.errors import RondelError
 
 PANEL_ROWS = 16
-TILE_BYTES = 64
 GROUPS = (64, 128, 256)
 ZERO_POINTS = {2: 1.5, 4: 8.0, 8: 0.0}
 

@@ -44,11 +44,6 @@ def formats() -> dict[str, Format]:
     }
 
 
-def format_of_ggml_type(ggml_type: int) -> Format | None:
-    """The format with this ggml type number, or None."""
-    return next((f for f in formats().values() if f.ggml_type == ggml_type >= 0), None)
-
-
 def format_bytes(name: str, rows: int, cols: int) -> int:
     """Bytes of a packed (rows, cols) matrix; NativeError where the columns do not fit the format's block."""
     return int(check(lib.rondel_format_bytes(name.encode(), rows, cols)))

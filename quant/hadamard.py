@@ -1,7 +1,7 @@
 """Owns Hadamard matrices: exact constructions, the canonical plan for a size, the fast transform, and random signs.
 
 The plan and the order of the axes are part of the file format (formats.md, section 3): `native/src/hadamard.c` derives
-the same ones, so a rotation fused here can be undone online there. Amended before 1.0: squares of primes, and order 172.
+the same ones, so a rotation fused here can be undone online there. Amended before 1.0: squares of primes, order 172.
 """
 
 from __future__ import annotations
