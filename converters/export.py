@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.checkpoint import Checkpoint, check_runs
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_keys import ALIGNMENT, EXTENDED_ALIGNMENT, General, Rondel
 from rondel.converters.gguf_parts import GgufPart, gguf_parts, is_made, write_parts
@@ -69,6 +69,7 @@ class _Content:
 
 
 def _check(source: Checkpoint, config: ExportConfig) -> None:
+    check_runs(source, "exported")
     if config.type is not None and config.type not in FLOAT_TYPES:
         raise RondelError(f"--type {config.type}: expected F16, F32 or BF16; other types are made by `rondel quantize`")
     if config.type is not None and source.quantized:

@@ -163,6 +163,7 @@ class Linear:
     parts: tuple[tuple[Site, str], ...] = ()  # rows that write several sites: (site, size) in turn, for every head
     layers: Literal["all", "dense", "experts"] = "all"
     expert: bool = False  # one matrix for each routed expert
+    stays_float: bool = False  # never quantized: its errors would choose other experts
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -241,6 +242,12 @@ class Family:
         """The linear that a canonical tensor name belongs to."""
         role = name.split(".")[2] if name.startswith("blk.") else None
         return next((linear for linear in self.linears if linear.role == role), None)
+
+    def added_to(self, name: str) -> float:
+        """What the tensor of that canonical name holds more than Hugging Face's."""
+        role = name.split(".")[2] if name.startswith("blk.") else None
+        normed = name == OUTPUT_NORM or any(norm.role == role for norm in self.norms)
+        return self.norm_offset if normed else 0.0
 
     def norm_making(self, site: str) -> Norm | None:
         """The norm whose output is that site."""

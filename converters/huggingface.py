@@ -25,6 +25,7 @@ from rondel.converters.family import (
     Linear,
     block_tensor,
     canonical_shapes,
+    optional_shapes,
 )
 from rondel.converters.folder import FLOAT_FORMATS, TensorInfo, sha256_of
 from rondel.converters.manifest import digest_of
@@ -73,7 +74,9 @@ def _source_names(family: Family, numbers: Hyperparameters) -> dict[str, tuple[s
         for linear in family.linears:
             turned = linear.rows if linear.rope and family.rope_layout == "interleaved" else None
             for kind in ("weight", "bias") if linear.bias else ("weight",):
-                names[block_tensor(layer, linear.role, kind)] = (f"{prefix}{linear.source}.{kind}", turned)
+                names |= {name: (source, turned) for name, source in linear.tensors(layer, numbers, kind).items()}
+        for vector in family.vectors:
+            names[f"blk.{layer}.{vector.role}"] = (prefix + vector.source, None)
     return names
 
 
@@ -113,7 +116,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         """A tensor in canonical row order, as precise as it is stored; NaN and infinity are refused."""
         self.info(name)  # refuses an unknown name
         raw = self._raw(name)
-        turned = self._turned(name)
+        turned, added = self._turned(name), self.family.added_to(name)
+        if added:
+            return raw.to(torch.float32) + added
         if turned is None:
             return raw.contiguous()
         return interleave_rows(raw, self.numbers.size(turned) // self.numbers.head_dim).contiguous()
@@ -167,13 +172,14 @@ def _with_biases(
 ) -> dict[str, tuple[int, ...]]:
     """The canonical shapes, with the biases that this checkpoint has: in every block or in none."""
     sources = _source_names(family, numbers)
+    layers = range(numbers.layers)
     biased = {
         linear.role
         for linear in family.linears
         if linear.bias
         and (
             always
-            or any(sources[block_tensor(i, linear.role, "bias")][0] in weights.files for i in range(numbers.layers))
+            or any(s in weights.files for layer in layers for s in linear.tensors(layer, numbers, "bias").values())
         )
     }
     shapes: dict[str, tuple[int, ...]] = {}
@@ -184,6 +190,10 @@ def _with_biases(
         _, _, rest = name.partition("blk.")
         if rest.endswith(".weight") and rest.split(".")[1] in biased:
             shapes[name.removesuffix("weight") + "bias"] = shape[:1]
+    for name, shape in optional_shapes(family, numbers).items():
+        vector = any(name.endswith(f".{vector.role}") for vector in family.vectors)
+        if vector and sources[name][0] in weights.files:
+            shapes[name] = shape
     return shapes
 
 
@@ -203,7 +213,7 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     """
     config = read_config(root)
     family = family_of(config, root / CONFIG)
-    numbers = hyperparameters(config, root / CONFIG)
+    numbers = hyperparameters(config, root / CONFIG, family)
     weights = Weights(root)
     if numbers.layers > len(weights.files):
         raise RondelError(
@@ -219,7 +229,8 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
             continue
         source, turned = sources[name]
         _check_tensor(root, name, source, shape, weights)
-        entry = {"shape": shape, "format": weights.formats[source], "shard": weights.files[source], "sha256": ""}
+        stored = "F32" if family.added_to(name) else weights.formats[source]
+        entry = {"shape": shape, "format": stored, "shard": weights.files[source], "sha256": ""}
         tensors[name] = entry | ({"turned": turned} if turned else {})
     known = {sources[name][0] for name in shapes if name != ROPE_FACTORS}
     _refuse_unknown_tensors(root, weights, known | ({OUTER_SOURCES[OUTPUT]} if numbers.tied else set()))
@@ -244,10 +255,16 @@ def huggingface_block(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Ten
     block: dict[str, torch.Tensor] = {}
     for name, (source, turned) in _source_names(checkpoint.family, numbers).items():
         if source.startswith(prefix) and name in checkpoint:
-            tensor = checkpoint.read_float(name)
+            tensor = huggingface_gain(checkpoint, name)
             heads = numbers.size(turned) // numbers.head_dim if turned else 0
             block[source.removeprefix(prefix)] = separate_rows(tensor, heads).contiguous() if turned else tensor
     return block
+
+
+def huggingface_gain(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor in F32; a norm's gain without what the family adds to it."""
+    tensor, added = checkpoint.read_float(name), checkpoint.family.added_to(name)
+    return tensor - added if added else tensor
 
 
 def huggingface_rows(checkpoint: Checkpoint, linear: Linear, weights: torch.Tensor) -> torch.Tensor:
@@ -260,7 +277,7 @@ def huggingface_rows(checkpoint: Checkpoint, linear: Linear, weights: torch.Tens
 
 def huggingface_outer(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors outside the blocks in F32, under transformers' names; `lm_head.weight` only where untied."""
-    return {source: checkpoint.read_float(name) for name, source in OUTER_SOURCES.items() if name in checkpoint}
+    return {source: huggingface_gain(checkpoint, name) for name, source in OUTER_SOURCES.items() if name in checkpoint}
 
 
 def huggingface_config(checkpoint: Checkpoint) -> Any:

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rondel.converters.config_fields import ConfigFields
 from rondel.converters.errors import RondelError
 from rondel.converters.families import FAMILIES
 from rondel.converters.family import Family, Hyperparameters
+from rondel.converters.sparse_config import experts_of, latents_of
 
 CONFIG = "config.json"
-LARGEST_SIZE = 1 << 24  # of any dimension: more is a damaged file
 LARGEST_CONTEXT = 1 << 31  # tokens
 ROPE_TYPES = ("default", "linear", "llama3")
+STRETCHED = ("yarn",)  # what no forward pass of rondel computes; a change of basis need not know
 ROPE_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -44,37 +46,7 @@ def family_of(config: dict[str, Any], path: Path) -> Family:
     raise RondelError(f"{path}: the architecture {named!r} is not supported; rondel knows {known}")
 
 
-class _Config:
-    """A config.json whose fields are checked when they are taken."""
-
-    def __init__(self, fields: dict[str, Any], path: Path) -> None:
-        self.fields = fields
-        self.path = path
-
-    def refuse(self, field: str, expected: str, got: Any) -> RondelError:
-        return RondelError(f"{self.path}: {field} must be {expected}, got {got!r}")
-
-    def size(self, field: str, default: int | None = None, limit: int = LARGEST_SIZE) -> int:
-        value = self.fields.get(field)
-        if value is None:
-            value = default
-        if type(value) is not int or not 0 < value < limit:
-            raise self.refuse(field, f"a positive integer below {limit}", value)
-        return value
-
-    def number(self, field: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.refuse(field, "a positive number", value)
-        return float(value)
-
-    def flag(self, field: str) -> bool:
-        value = self.fields.get(field, False)
-        if not isinstance(value, bool):
-            raise self.refuse(field, "true or false", value)
-        return value
-
-
-def _rope(config: _Config) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: ConfigFields, kinds: tuple[str, ...]) -> tuple[float, dict[str, Any] | None]:
     """The base and the scaling of RoPE; the scaling is None where positions are used as they are."""
     fields = config.fields
     found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
@@ -85,10 +57,12 @@ def _rope(config: _Config) -> tuple[float, dict[str, Any] | None]:
     if partial not in (None, 1, 1.0):
         raise config.refuse("partial_rotary_factor", "1 (RoPE over the whole head)", partial)
     kind = found.get("rope_type", found.get("type")) or "default"
-    if kind not in ROPE_TYPES:
-        raise config.refuse("the type of rope_scaling", f"one of {', '.join(ROPE_TYPES)}", kind)
+    if kind not in kinds:
+        raise config.refuse("the type of rope_scaling", f"one of {', '.join(kinds)}", kind)
     if kind == "default":
         return base, None
+    if kind in STRETCHED:
+        return base, {name: value for name, value in found.items() if isinstance(value, str | int | float | bool)}
     scaling: dict[str, Any] = {"rope_type": kind}
     for name in ROPE_FIELDS[kind]:
         value = found.get(name, fields.get(name))
@@ -100,7 +74,7 @@ def _rope(config: _Config) -> tuple[float, dict[str, Any] | None]:
     return base, scaling
 
 
-def _refuse_what_is_not_computed(config: _Config) -> None:
+def _refuse_what_is_not_computed(config: ConfigFields) -> None:
     fields = config.fields
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         raise config.refuse("hidden_act", "silu", fields["hidden_act"])
@@ -112,23 +86,24 @@ def _refuse_what_is_not_computed(config: _Config) -> None:
         raise config.refuse("quantization_config", "absent (rondel starts from F32, F16 or BF16 weights)", method)
 
 
-def hyperparameters(fields: dict[str, Any], path: Path) -> Hyperparameters:
+def hyperparameters(fields: dict[str, Any], path: Path, family: Family) -> Hyperparameters:
     """The numbers of a config.json; everything that the forward pass of rondel would compute otherwise is refused.
 
     A sliding window is ignored as llama.cpp ignores it for these families: every token attends to all before it.
     """
-    config = _Config(fields, path)
+    config = ConfigFields(fields, path)
     _refuse_what_is_not_computed(config)
     width, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise config.refuse("num_attention_heads", f"a multiple of num_key_value_heads ({kv_heads})", heads)
-    if fields.get("head_dim") is None and width % heads:
+    latents = latents_of(config) if family.latents else None
+    if latents is None and fields.get("head_dim") is None and width % heads:
         raise config.refuse("hidden_size", f"a multiple of num_attention_heads ({heads}) without head_dim", width)
-    head_dim = config.size("head_dim", width // heads)
-    if head_dim % 2:
-        raise config.refuse("head_dim", "even (RoPE turns pairs)", head_dim)
-    base, scaling = _rope(config)
+    head_dim = latents.nope + latents.rope if latents else config.size("head_dim", width // heads)
+    if (latents.rope if latents else head_dim) % 2:
+        raise config.refuse("qk_rope_head_dim" if latents else "head_dim", "even (RoPE turns pairs)", head_dim)
+    base, scaling = _rope(config, ROPE_TYPES if family.runs else ROPE_TYPES + STRETCHED)
     return Hyperparameters(
         vocabulary=config.size("vocab_size"),
         context=config.size("max_position_embeddings", limit=LARGEST_CONTEXT),
@@ -136,10 +111,12 @@ def hyperparameters(fields: dict[str, Any], path: Path) -> Hyperparameters:
         layers=config.size("num_hidden_layers"),
         hidden=config.size("intermediate_size"),
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=heads if latents else kv_heads,
         head_dim=head_dim,
         norm_epsilon=config.number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
         rope_base=base,
         tied=config.flag("tie_word_embeddings"),
         rope_scaling=scaling,
+        experts=experts_of(config) if family.experts else None,
+        latents=latents,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.checkpoint import Checkpoint, check_runs
 from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING, block_tensor
 from rondel.converters.folder import read_manifest, read_tensor
@@ -117,6 +117,7 @@ def _states(source: Checkpoint, text: CalibrationText, folder: Path) -> HiddenSt
 
 
 def _validate(source: Checkpoint, device: str) -> None:
+    check_runs(source, "calibrated")
     if source.quantized:
         raise RondelError(f"{source.root}: is quantized; calibrate the model it was made from")
     check_device(device)

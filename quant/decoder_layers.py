@@ -9,7 +9,7 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT_NORM
-from rondel.converters.huggingface import huggingface_block, huggingface_config
+from rondel.converters.huggingface import huggingface_block, huggingface_config, huggingface_gain
 from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 
 
@@ -61,5 +61,5 @@ class DecoderLayers:
     def norm(self) -> torch.nn.Module:
         """The norm behind the last layer, which takes the states as the layer leaves them."""
         module = self._skeleton.norm
-        module.load_state_dict({"weight": self.source.read_float(OUTPUT_NORM).to(self.device)}, assign=True)
+        module.load_state_dict({"weight": huggingface_gain(self.source, OUTPUT_NORM).to(self.device)}, assign=True)
         return module

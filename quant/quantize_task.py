@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rondel.converters.checkpoint import Checkpoint
+from rondel.converters.checkpoint import Checkpoint, check_runs
 from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING
 from rondel.converters.stats import OUTPUT_IN, Stats
@@ -201,6 +201,7 @@ def _as_importance(stats: Stats | Importance | None) -> Importance | None:
 
 def prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> Task:
     """The task of these settings; raises RondelError for all that contradicts itself or the model."""
+    check_runs(source, "quantized")
     if source.quantized:
         raise RondelError(f"{source.root}: is quantized already; quantize the float model that it was made from")
     if source.manifest.get("replication"):

@@ -16,9 +16,9 @@ from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 
 
 def rope_tables(source: Checkpoint, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every rotary angle, (n, head_dim / 2) float64, for positions (n,)."""
+    """Cosine and sine of every rotary angle, (n, rope_dim / 2) float64, for positions (n,)."""
     numbers = source.numbers
-    half = numbers.head_dim // 2
+    half = numbers.rope_dim // 2
     frequencies = numbers.rope_base ** -(torch.arange(half, dtype=torch.float64) / half)
     scaling = numbers.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.checkpoint import Checkpoint, check_runs, open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters
 from rondel.converters.output import StageOutput
@@ -198,6 +198,7 @@ def _base_sha256(source: Checkpoint, layers: Iterable[int]) -> str:
 
 
 def _check(source: Checkpoint, config: ReplicateConfig) -> None:
+    check_runs(source, "replicated")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated already; replicate the folder that it was made from")
     if config.gate is not None and not abs(config.gate) <= float(np.finfo(np.float16).max):

@@ -1,7 +1,8 @@
-"""Qwen2 and 2.5 (biases on q, k, v) and Qwen3 (norms on each head of q and k, head size from the config)."""
+"""Qwen2 and 2.5 (biases on q, k, v), Qwen3 (norms on each head of q and k, head size from the config), Qwen3-MoE."""
 
 from dataclasses import replace
 
+from rondel.converters.families.experts import DENSE, EXPERTS, ROUTER
 from rondel.converters.families.llama import ATTENTION, NORMS, SWIGLU
 from rondel.converters.family import Family, Norm
 
@@ -27,4 +28,13 @@ QWEN3 = Family(
     ),
     rope_layout="half",
     written_keys=("attention.key_length", "attention.value_length"),
+)
+
+QWEN3MOE = replace(
+    QWEN3,
+    name="qwen3moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    linears=(*QWEN3.linears[:4], *DENSE, ROUTER, *EXPERTS),
+    experts=True,
+    runs=False,
 )
