@@ -1,4 +1,4 @@
-"""The reference forward pass of the families that rotate alone knows: experts and latent attention, in one precision."""
+"""The reference forward pass of the families that only rotate knows: experts and latent attention, in one precision."""
 
 from __future__ import annotations
 
