@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rondel.cli.recipe import Recipe
     from rondel.converters.checkpoint import Checkpoint
     from rondel.converters.stats import Stats
+    from rondel.quant.quantize import QuantizeConfig
 
 # The folders of a build, by stage.
 FOLDERS = {"calibrate": "calib", "rotate": "rotated", "quantize": "quantized", "replicate": "replicated"}
@@ -98,7 +99,12 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
     plans: dict[str, Any] = {"model": str(recipe.model)}
     for name, settings in _stages(recipe):
         stage = import_module(f"rondel.quant.{name}")
-        planned = stage.plan(source, settings, recipe.text) if name == "calibrate" else stage.plan(source, settings)
+        if name == "calibrate":
+            planned = stage.plan(source, settings, recipe.text)
+        elif name == "quantize" and "calibrate" in recipe.sections:
+            planned = _plan_before_statistics(source, settings)
+        else:
+            planned = stage.plan(source, settings)
         # Line by line is for `quantize --dry-run`; and statistics are on their way.
         told = {key: value for key, value in planned.items() if key not in ("tensors", "warnings", "stage")}
         plans[name] = {"output": str(out / FOLDERS[name])} | told
@@ -109,6 +115,19 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
         )
     exporter.plan(source, out, replace(settings, materialize=False))
     return plans | {"export": {"output": str(out)} | asdict(settings)}
+
+
+def _plan_before_statistics(source: Checkpoint, config: QuantizeConfig) -> dict[str, Any]:
+    """quantize's plan as far as it is known; with a budget the statistics decide the formats, and so the sizes."""
+    from rondel.quant.quantize import plan
+    from rondel.quant.quantize_task import before_statistics
+
+    reduced = before_statistics(config)
+    planned = plan(source, reduced)
+    asked = {key: value for key, value in asdict(config).items() if value != getattr(reduced, key)}
+    if asked.keys() & {"bpw", "size", "like"}:
+        return {"config": planned["config"] | asked | {"type": None}}
+    return planned | {"config": planned["config"] | asked}
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, Any]]:
@@ -130,16 +149,18 @@ def chain(
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.export import export
 
+    written = recipe_text(recipe)
     original = source = open_checkpoint(recipe.model)
     statistics: Path | None = None
     for name, settings in _stages(recipe):
         folder = out / FOLDERS[name]
         stage = getattr(import_module(f"rondel.quant.{name}"), name)
         given = _second_input(name, recipe, source, original, statistics)
+        running: dict[str, Any] = {"threads": threads, "device": device, "force": force}
+        if name == "quantize":
+            running["recipe"] = written
         with console.progress(quiet=quiet) as progress:
-            made = stage(
-                source, folder, settings, given, threads=threads, device=device, force=force, progress=progress
-            )
+            made = stage(source, folder, settings, given, progress=progress, **running)
         tell(*console.written(name, folder, made.manifest))
         if name == "calibrate":
             statistics = folder
@@ -147,9 +168,7 @@ def chain(
             source = made
     out.mkdir(parents=True, exist_ok=True)
     with console.progress(quiet=quiet) as progress:
-        files = export(
-            source, out, recipe.sections["export"], recipe=recipe_text(recipe), force=force, progress=progress
-        )
+        files = export(source, out, recipe.sections["export"], recipe=written, force=force, progress=progress)
     for file in files:
         stored = file.stat().st_size
         tell({"command": "export", "output": str(file), "bytes": stored}, f"{file}  {console.size(stored)}")

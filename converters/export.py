@@ -160,12 +160,12 @@ def _content(source: Checkpoint, config: ExportConfig, *, hashed: bool, recipe: 
     return _Content(tensors, entries, keys, alignment, encoding, file_name(described, encoding))
 
 
-def header_bytes(source: Checkpoint) -> tuple[int, int]:
+def header_bytes(source: Checkpoint, recipe: str | None = None) -> tuple[int, int]:
     """Bytes before the tensors of the file that `export` writes: all, and without the keys of rondel's own.
 
     Only the manifest and the side files are read: the tensors of `source` need not be there yet.
     """
-    part = _content(source, ExportConfig(), hashed=False).files(Path("model.gguf"), None)[0]
+    part = _content(source, ExportConfig(), hashed=False, recipe=recipe).files(Path("model.gguf"), None)[0]
     standard = {key: value for key, value in part.keys.items() if not key.startswith(Rondel.PREFIX)}
     whole, rest = (len(header(keys, part.entries, part.alignment)[0]) for keys in (part.keys, standard))
     return whole, rest

@@ -117,7 +117,7 @@ def _allocation(task: Task) -> Spending:
     assert task.importance is not None
     assert task.importance.stats is not None
     stats, record = task.importance.stats, {"name": "quantize", "config": asdict(task.config)}
-    return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method)
+    return Spending(task.source, stats, task.budget, task.policy, record, task.means, task.method, task.recipe)
 
 
 def _with_formats(task: Task, allocated: Allocated) -> Task:
@@ -213,6 +213,7 @@ def quantize(
     config: QuantizeConfig,
     stats: Stats | Importance | None = None,
     *,
+    recipe: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -222,9 +223,10 @@ def quantize(
 
     The manifest's "quantization" keeps, per matrix, its format, bytes and weighted relative squared error; with error
     feedback also the method whose codes were kept and both methods' errors on held-out text. `device` is where the
-    model runs and second moments are added up and factored; codes are found in C on the processor.
+    model runs and second moments are added up and factored; codes are found in C on the processor. `recipe` is a text
+    that the GGUF file will hold, for the bytes of a budget.
     """
-    task = prepare(source, config, stats)
+    task = replace(prepare(source, config, stats), recipe=recipe)
     check_device(device)
     output = StageOutput(out, task.record(), force=force, beside=HIDDEN_STATES)
     if output.finished:

@@ -85,6 +85,7 @@ class Task:
     allocated: Allocated | None = None  # where there is a budget: chosen before the rescaling
     rescaling: Rescaling | None = None  # chosen before the first matrix is rounded
     choice: dict[str, Any] | None = None  # why auto took its method
+    recipe: str | None = None  # whose text the file will hold
 
     @cached_property
     def model(self) -> Checkpoint:
@@ -115,7 +116,9 @@ class Task:
 
     def record(self) -> dict[str, Any]:
         """The stage's record for the manifest."""
-        return stage_record("quantize", self.config, source=self.source, stats=self.importance)
+        counts = self.recipe is not None and self.budget is not None and self.budget.bpw is None
+        recipe = f"{len(str(self.recipe).encode())} bytes" if counts else None  # all of it that decides the formats
+        return stage_record("quantize", self.config, source=self.source, stats=self.importance, recipe=recipe)
 
 
 def _target(source: Checkpoint, config: QuantizeConfig) -> str:
@@ -197,6 +200,19 @@ def _patterns(config: QuantizeConfig, names: list[str]) -> tuple[tuple[re.Patter
 
 def _as_importance(stats: Stats | Importance | None) -> Importance | None:
     return importance_of(stats) if isinstance(stats, Stats) else stats
+
+
+def before_statistics(config: QuantizeConfig) -> QuantizeConfig:
+    """What of the settings can be checked while calibrate is still to run: no budget, no method that needs statistics.
+
+    Raises RondelError for a budget or a method that means nothing with any statistics.
+    """
+    budget = budget_of(config.bpw, config.size, config.like)
+    _type(config, budget)
+    method = method_named(config.method) if config.method else None
+    if method and (method.feeds_back or method.rescaling):
+        config = replace(config, method=None, alpha=None, granularity="group")
+    return replace(config, bpw=None, size=None, like=None)
 
 
 def prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importance | None) -> Task:

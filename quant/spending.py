@@ -36,6 +36,7 @@ class Spending:
     record: Mapping[str, Any]  # of the stage, for the size of the header
     means: Callable[[str], Means | None]  # how much each matrix's columns count when it is rounded
     method: Method
+    recipe: str | None = None  # that the file will hold
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def spread(
     shapes = {name: source.info(name).shape for name in source.names()}
     tried = _tried(shapes, wanted.policy)
     tensors = Account(shapes)
-    header, standard_header = header_bytes(_planned(wanted, tensors.smallest(tried)))
+    header, standard_header = header_bytes(_planned(wanted, tensors.smallest(tried)), wanted.recipe)
     file, standard = Account(shapes, ALIGNMENT, header), Account(shapes, ALIGNMENT, standard_header)
     account = tensors if budget.bpw is not None else file
     allowed, smallest = _allowed(budget, source, file, standard), account.total(account.smallest(tried))

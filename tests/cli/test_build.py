@@ -145,6 +145,32 @@ def test_another_setting_needs_force(folder: Path, undisturbed: Path, tmp_path: 
     assert "--force" in str(done.exception)
 
 
+def test_a_recipe_may_give_a_budget_of_bytes(folder: Path, tmp_path: Path) -> None:
+    """The recipe's own text, which the file holds, is counted: it is long enough to matter."""
+    most = 130_000
+    text = RECIPE.replace('type = "Q4_K_M"', f'size = {most}\nmethod = "imatrix"').replace("split = 60000", "")
+    text = text.replace('[replicate]\nlayers = ["1:serial:1"]\n', "") + f'[run]\nprompt = "{"once " * 1000}"\n'
+    (folder / "budget.toml").write_text(text, encoding="utf-8")
+    arguments = ("build", folder / "budget.toml", "-o", tmp_path)
+    planned = json.loads(rondel(*arguments, "--dry-run", "--json").stdout)["quantize"]
+    assert (planned["config"]["size"], "bytes" in planned) == (most, False)
+    done = rondel(*arguments, "--json")
+    assert done.exit_code == 0, done.exception
+    (file,) = json.loads(done.stdout)["files"]
+    budget = json.loads((tmp_path / "quantized" / "manifest.json").read_text(encoding="utf-8"))["quantization"][
+        "budget"
+    ]
+    assert Path(file).stat().st_size == budget["file_bytes"] <= most
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant+rtn"])
+def test_a_recipe_may_name_a_method_that_needs_statistics(folder: Path, tmp_path: Path, method: str) -> None:
+    change = ("--set", f"quantize.method={method}")
+    done = rondel("build", folder / "recipe.toml", "-o", tmp_path / "out", *change, "--dry-run", "--json")
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["quantize"]["config"]["method"] == method
+
+
 def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     done = rondel("build", folder / "recipe.toml", "-o", tmp_path / "out", "--dry-run", "--json")
     told = json.loads(done.stdout)
@@ -159,6 +185,9 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
         ("quantize.typ=Q4_K_M", "unknown key 'typ'; known keys: type, bpw"),
         ("quantise.type=Q4_K_M", "unknown section [quantise]; known sections: model, calibrate"),
         ("quantize.type=Q4_X", "Q4_X"),
+        ("quantize.method=best", "best"),
+        ("quantize.size=-1", "--size -1: expected a positive number of bytes"),
+        ("quantize.size=100000", "chooses the types itself"),
         ("quantize.pure=maybe", "expected true or false, got 'maybe'"),
         ("calibrate.tokens=many", "expected a whole number, got 'many'"),
         ("calibrate.text=[]", "expected a list of file names"),
