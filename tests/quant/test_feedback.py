@@ -77,11 +77,11 @@ def test_a_large_moment_is_factored_in_place() -> None:
     assert float(done.stdout) < MATRICES
 
 
-ROUNDED = ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_0", "Q5_1"]
-ROUNDED += ["TQ2_0", "Q1_0", "Q2_0", "MXFP4", "U2-128", "U4-64"]
+FORMATS = ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_0", "Q5_1"]
+FORMATS += ["TQ2_0", "Q1_0", "Q2_0", "MXFP4", "U2-128", "U4-64"]
 
 
-@pytest.mark.parametrize("format", ROUNDED)
+@pytest.mark.parametrize("format", FORMATS)
 def test_feedback_beats_plain_rounding(format: str) -> None:
     weights, moments = some_weights(), some_moments()
     plain = encode(format, weights.numpy(), moments.diagonal().float().numpy())
