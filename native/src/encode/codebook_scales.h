@@ -13,7 +13,7 @@
 
 /* The scales at which a sub-block is searched, in root mean squares of its weights over that of the levels: around the
  * usual best ones. Last comes the best scale for the codes found so far. */
-#define SAMPLES 4 /* at most; one more is the codeword of least levels, the best one at large scales */
+#define SAMPLES 4 /* at most; then comes the codeword of least levels, the best one at large scales */
 static const float three_levels[] = {0.9f, 1.3f}, eight_levels[] = {0.95f, 1.25f, 1.6f};
 
 /* of the largest; a sub-block of smaller weights gets the smallest scale anyhow */
@@ -21,14 +21,17 @@ static const float three_levels[] = {0.9f, 1.3f}, eight_levels[] = {0.95f, 1.25f
 
 /* Sums of a and b of sub-blocks at every sampled scale, for both shifts of IQ1_S. */
 struct samples {
-    vec a[2 * SAMPLES + 1][SUBS], b[2 * SAMPLES + 1][SUBS];
+    vec a[2 * SAMPLES][SUBS], b[2 * SAMPLES][SUBS];
+    mask down[2 * SAMPLES][SUBS];
     int count;
-    vec wish[SUBS]; /* the best scale, free of the other sub-blocks */
+    vec wish[SUBS], gained[SUBS]; /* the best scale, free of the other sub-blocks, and by how much it lowers the error */
+    mask wish_down[SUBS];
 };
 
 struct choice {
     float d; /* as it is stored, times the fraction, for the weights as they are scaled here */
     vec scale[SUBS];
+    mask down[SUBS];
     double lowered, above, below; /* of the error; the best d for these codes is above / below */
 };
 
@@ -83,46 +86,43 @@ INLINE void least_levels(const struct book *book, const struct columns *columns,
     sum_units(book, pulls, b);
 }
 
+/* Counts the sample whose sums have been written, in the wish too. */
+INLINE void count_sample(const struct book *book, struct samples *to) {
+    int i = to->count++;
+    for (int s = 0; s < subs_of(book); s++) {
+        vec fit = ratio(greater(to->b[i][s], splat(0)), to->a[i][s]), gained = fit * to->b[i][s];
+        mask better = gained > to->gained[s];
+        to->wish[s] = pick(better, fit, to->wish[s]);
+        to->wish_down[s] = pick_whole(better, to->down[i][s], to->wish_down[s]);
+        to->gained[s] = greater(gained, to->gained[s]);
+    }
+}
+
 /* What the sampled scales leave of every sub-block. */
 INLINE void sample_scales(const struct book *book, const struct dictionary *dictionary, const struct columns *columns,
                           struct samples *to) {
-    int shifts = book->beside == SHIFT_OF_32 ? 2 : 1, subs = subs_of(book), count = samples_of(book);
+    int shifts = book->beside == SHIFT_OF_32 ? 2 : 1, given_count = samples_of(book) - 1;
     const float *given = book->width == 8 ? three_levels : eight_levels;
     vec usual[SUBS], t[WIDE];
+    memset(to, 0, sizeof *to);
     usual_scales(book, dictionary, columns, usual);
-    to->count = 0;
-    vec best[SUBS];
-    for (int shift = 0; shift < shifts; shift++) {
-        vec own[SUBS] = {splat(0), splat(0)}, gained[SUBS] = {splat(0), splat(0)};
-        for (int i = 0; i < count; i++) {
-            struct codes codes;
-            vec *a = to->a[to->count], *b = to->b[to->count++];
-            for (int v = 0; v < WIDE; v++) {
-                int s = v / units_of(book);
-                t[v] = given[i % (count - 1)] * usual[s];
-                if (i == count - 1) t[v] = pick(own[s] > 0.0f, own[s], t[v]);
-            }
-            codes_at(book, dictionary, columns, t, shift, &codes);
-            sum_units(book, codes.a, a);
-            sum_units(book, codes.b, b);
-            for (int s = 0; s < subs; s++) {
-                vec fit = ratio(greater(b[s], splat(0)), a[s]), gain = fit * b[s];
-                own[s] = pick(gain > gained[s], fit, own[s]);
-                gained[s] = greater(gain, gained[s]);
-            }
+    for (int i = 0; i <= given_count * shifts; i++) {
+        struct codes codes;
+        mask down[WIDE];
+        for (int v = 0; v < WIDE; v++) {
+            int s = v / units_of(book), last = i == given_count * shifts;
+            t[v] = given[i / shifts % given_count] * usual[s];
+            if (last) t[v] = pick(to->wish[s] > 0.0f, to->wish[s], t[v]);
+            to->down[i][s] = down[v] = last ? to->wish_down[s] : (mask){0} - i % shifts;
         }
-        for (int s = 0; s < subs; s++) {
-            to->wish[s] = shift ? pick(gained[s] > best[s], own[s], to->wish[s]) : own[s];
-            best[s] = shift ? greater(gained[s], best[s]) : gained[s];
-        }
+        codes_at(book, dictionary, columns, t, down, &codes);
+        sum_units(book, codes.a, to->a[i]);
+        sum_units(book, codes.b, to->b[i]);
+        count_sample(book, to);
     }
     if (shifts_of(book) == 2) return;
     least_levels(book, columns, to->a[to->count], to->b[to->count]);
-    for (int s = 0; s < subs; s++) {
-        vec fit = ratio(greater(to->b[to->count][s], splat(0)), to->a[to->count][s]);
-        to->wish[s] = pick(fit * to->b[to->count][s] > best[s], fit, to->wish[s]);
-    }
-    to->count++;
+    count_sample(book, to);
 }
 
 /* The best whole scales under d. */
@@ -131,6 +131,7 @@ INLINE void settle(const struct book *book, const struct samples *samples, struc
     for (int v = 0; v < subs_of(book); v++) {
         vec wish = whole_within(samples->wish[v] / (2.0f * c->d) - 0.5f, 0, (float)book->most);
         vec best = splat(-INFINITY), scale = splat(0), a = splat(0), b = splat(0);
+        mask down = {0};
         for (int step = -1; step <= 1; step++) {
             vec s = lesser(greater(wish + (float)step, splat(0)), splat((float)book->most)), odd = 2.0f * s + 1.0f;
             vec t = c->d * odd;
@@ -141,10 +142,12 @@ INLINE void settle(const struct book *book, const struct samples *samples, struc
                 scale = pick(better, s, scale);
                 a = pick(better, samples->a[i][v], a);
                 b = pick(better, samples->b[i][v], b);
+                if (book->beside == SHIFT_OF_32) down = pick_whole(better, samples->down[i][v], down);
             }
         }
         vec odd = 2.0f * scale + 1.0f;
         c->scale[v] = scale;
+        c->down[v] = down;
         lowered_all += best;
         above += odd * b;
         below += odd * odd * a;

@@ -62,22 +62,14 @@ INLINE void keep_codes(const struct book *book, const struct dictionary *diction
 /* The best codes under a choice. */
 INLINE void round_codes(const struct book *book, const struct dictionary *dictionary, const struct columns *columns,
                         const struct choice *choice, struct codes *to) {
-    vec t[WIDE], height[2][SUBS];
-    for (int v = 0; v < WIDE; v++) t[v] = choice->d * (2.0f * choice->scale[v / units_of(book)] + 1.0f);
-    codes_at(book, dictionary, columns, t, 0, to);
-    if (book->beside != SHIFT_OF_32) return;
-    struct codes down;
-    codes_at(book, dictionary, columns, t, 1, &down);
-    sum_units(book, to->height, height[0]);
-    sum_units(book, down.height, height[1]);
+    vec t[WIDE];
+    mask down[WIDE];
     for (int v = 0; v < WIDE; v++) {
-        mask better = height[1][v / units_of(book)] > height[0][v / units_of(book)];
-        to->left[0][v] = pick_whole(better, down.left[0][v], to->left[0][v]);
-        to->right[0][v] = pick_whole(better, down.right[0][v], to->right[0][v]);
-        to->down[v] = better;
-        to->a[v] = pick(better, down.a[v], to->a[v]);
-        to->b[v] = pick(better, down.b[v], to->b[v]);
+        int s = v / units_of(book);
+        t[v] = choice->d * (2.0f * choice->scale[s] + 1.0f);
+        down[v] = choice->down[s];
     }
+    codes_at(book, dictionary, columns, t, down, to);
 }
 
 /* One superblock; columns->w is loaded. */
@@ -113,25 +105,10 @@ INLINE void encode_superblock(const struct book *book, const struct dictionary *
     to->d = scale_to_half(fine_enough(stored_d) && !biased ? stored_d * unbiased_gain(sum(whole_all), along) : stored_d);
 }
 
-typedef void (*pack_codewords)(const struct codewords *, uint8_t *);
-
-static const struct book *book_of(int format, pack_codewords *pack) {
-    switch (format) {
-    case FMT_IQ1_S: *pack = pack_iq1_s; return &iq1_s;
-    case FMT_IQ1_M: *pack = pack_iq1_m; return &iq1_m;
-    case FMT_IQ2_XXS: *pack = pack_iq2_xxs; return &iq2_xxs;
-    case FMT_IQ2_XS: *pack = pack_iq2_xs; return &iq2_xs;
-    case FMT_IQ2_S: *pack = pack_iq2_s; return &iq2_s;
-    case FMT_IQ3_XXS: *pack = pack_iq3_xxs; return &iq3_xxs;
-    default: *pack = pack_iq3_s; return &iq3_s;
-    }
-}
-
 /* Rows within columns: the importance goes across the lanes once for all rows. */
-void THIS_COPY(encode_codebooks)(const struct encode_task *task, int64_t first, int64_t last) {
+INLINE void encode_rows_of(const struct encode_task *task, const struct book *book,
+                           void (*pack)(const struct codewords *, uint8_t *), int64_t first, int64_t last) {
     int bytes = format_table[task->format].bytes;
-    pack_codewords pack;
-    const struct book *book = book_of(task->format, &pack);
     struct dictionary dictionary;
     struct columns columns;
     load_dictionary(book, &dictionary);
@@ -145,5 +122,17 @@ void THIS_COPY(encode_codebooks)(const struct encode_task *task, int64_t first, 
             encode_superblock(book, &dictionary, task->weights + at, w, task->biased, &columns, &codewords);
             pack(&codewords, task->packed + at / COLUMNS * bytes);
         }
+    }
+}
+
+void THIS_COPY(encode_codebooks)(const struct encode_task *task, int64_t first, int64_t last) {
+    switch (task->format) {
+    case FMT_IQ1_S: encode_rows_of(task, &iq1_s, pack_iq1_s, first, last); break;
+    case FMT_IQ1_M: encode_rows_of(task, &iq1_m, pack_iq1_m, first, last); break;
+    case FMT_IQ2_XXS: encode_rows_of(task, &iq2_xxs, pack_iq2_xxs, first, last); break;
+    case FMT_IQ2_XS: encode_rows_of(task, &iq2_xs, pack_iq2_xs, first, last); break;
+    case FMT_IQ2_S: encode_rows_of(task, &iq2_s, pack_iq2_s, first, last); break;
+    case FMT_IQ3_XXS: encode_rows_of(task, &iq3_xxs, pack_iq3_xxs, first, last); break;
+    default: encode_rows_of(task, &iq3_s, pack_iq3_s, first, last); break;
     }
 }
