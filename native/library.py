@@ -10,7 +10,7 @@ from rondel.native import _rondel
 
 ffi = _rondel.ffi
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class NativeError(Exception):

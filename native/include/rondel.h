@@ -43,8 +43,12 @@ int32_t rondel_polish(const char *format, const float *gradient, const float *mo
 /* outputs (n, rows) = inputs (n, cols) times packed (rows, cols) transposed, as the runtime computes it */
 int32_t rondel_matmul(const char *format, const void *packed, int64_t rows, int64_t cols, const float *inputs,
                       int64_t n, int32_t threads, float *outputs);
-/* In place on (n, size): x <- H (s o x) / sqrt(block) on each block; signs: one bit a channel, LSB first. */
-int32_t rondel_hadamard(float *x, int64_t n, int64_t size, int64_t block, const uint8_t *signs);
+
+/* ---- the Hadamard transform of online rotations: x <- H (s o x) / sqrt(block) on each block, or its transpose ---- */
+typedef struct rondel_hadamard rondel_hadamard;
+rondel_hadamard *rondel_hadamard_new(int64_t size, int64_t block, const uint8_t *signs, int32_t transposed); /* bits, LSB first */
+void rondel_hadamard_free(rondel_hadamard *hadamard);
+int32_t rondel_hadamard_rows(const rondel_hadamard *hadamard, float *x, int64_t n); /* in place on (n, size) */
 
 /* ---- a GGUF file: parsed, checked and mapped (all shards of a split) ---- */
 typedef struct rondel_file rondel_file;

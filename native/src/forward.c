@@ -40,6 +40,13 @@ static void each_token(struct pass *pass, void (*each)(struct pass *, int, int))
     else pool_run(pass->session->pool, token_share, pass);
 }
 
+/* R(x) on n rows of the rotation's site; nothing where there is none. */
+static void rotate(const struct pass *pass, const rondel_hadamard *rotation, float *x, int n, int thread) {
+    struct rondel_session *session = pass->session;
+    float *scratch = (float *)(void *)(session->thread_scratch + (size_t)thread * session->thread_bytes);
+    if (rotation) hadamard_rows(rotation, x, n, scratch);
+}
+
 static void group_linears(struct pass *pass, const struct linear *a, const struct linear *b, const struct linear *c) {
     const struct linear *linears[LINEARS_MAX] = {a, b, c};
     pass->group = linear_group_of(linears, c ? 3 : b ? 2 : 1, pass->session->packed);
@@ -84,9 +91,11 @@ static void place_token(struct pass *pass, int token, int thread) {
     float *q = session->q + (int64_t)token * numbers->heads * numbers->head_dim;
     place_heads(pass, layer->q_norm, token, numbers->heads, q);
     for (int64_t i = 0; gain && i < (int64_t)numbers->heads * numbers->head_dim; i++) q[i] *= gain[i / numbers->head_dim];
+    rotate(pass, pass->step->head_rotation, q, numbers->heads, thread);
     if (!pass->step->writes_kv) return;
     float *k = session->k + (int64_t)token * numbers->kv_heads * numbers->head_dim;
     place_heads(pass, layer->k_norm, token, numbers->kv_heads, k);
+    rotate(pass, pass->step->head_rotation, k, numbers->kv_heads, thread);
     kv_store(&session->kv, pass->step->slot, pass->position + token, k,
              session->v + (int64_t)token * numbers->kv_heads * numbers->head_dim);
 }
@@ -174,11 +183,8 @@ static void project_hidden(void *argument, int thread, int threads) {
 }
 
 static void pack_hidden(struct pass *pass, int token, int thread) {
-    struct rondel_session *session = pass->session;
-    float *hidden = session->gate + (int64_t)token * pass->numbers->hidden;
-    const struct hadamard *rotation = pass->step->layer->hidden_rotation;
-    if (rotation)
-        hadamard_rows(rotation, hidden, 1, (float *)(void *)(session->thread_scratch + (size_t)thread * session->thread_bytes));
+    float *hidden = pass->session->gate + (int64_t)token * pass->numbers->hidden;
+    rotate(pass, pass->step->layer->hidden_rotation, hidden, 1, thread);
     linear_pack(&pass->group, token, hidden);
 }
 
@@ -231,7 +237,9 @@ static void run_step(struct pass *pass, float *x) {
 static void embed(struct pass *pass, int token, int thread) {
     struct rondel_session *session = pass->session;
     const struct hyperparameters *numbers = pass->numbers;
-    matrix_row(&session->model->embedding, pass->tokens[token], session->x + (int64_t)token * numbers->width);
+    float *x = session->x + (int64_t)token * numbers->width;
+    matrix_row(&session->model->embedding, pass->tokens[token], x);
+    rotate(pass, session->model->boundary[0], x, 1, thread);
     rope_table(numbers, session->model->rope_factors, pass->position + token,
                session->rope + (int64_t)token * numbers->head_dim);
 }
@@ -239,8 +247,9 @@ static void embed(struct pass *pass, int token, int thread) {
 static void norm_output(struct pass *pass, int token, int thread) {
     if (token < pass->first) return;
     int64_t at = (int64_t)token * pass->numbers->width;
-    float *normed = pass->session->normed + at;
-    rms_norm(pass->session->x + at, pass->session->model->output_norm, NULL, pass->numbers->norm_epsilon,
+    float *x = pass->session->x + at, *normed = pass->session->normed + at;
+    rotate(pass, pass->session->model->boundary[1], x, 1, thread);
+    rms_norm(x, pass->session->model->output_norm, NULL, pass->numbers->norm_epsilon,
              pass->numbers->width, normed);
     linear_pack(&pass->group, token - pass->first, normed);
 }

@@ -22,7 +22,8 @@ struct layer {
     struct linear output;               /* (width, heads * head_dim) */
     struct linear gate, up;             /* (hidden, width) */
     struct linear down;                 /* (width, hidden) */
-    const struct hadamard *hidden_rotation; /* online, on the input of `down`; or NULL */
+    const rondel_hadamard *hidden_rotation; /* online, on the input of `down`; or NULL */
+    const rondel_hadamard *head_rotation;   /* online, on each head of q and k behind RoPE; or NULL */
 };
 
 struct hyperparameters {
@@ -48,7 +49,8 @@ struct rondel_model {
     const float *output_norm;     /* (width) */
     const float *rope_factors;    /* (head_dim / 2): angles are divided by them; or NULL */
     struct layer *layer;          /* (layers) */
-    struct hadamard **rotations;  /* online ones, (rotation_count) */
+    const rondel_hadamard *boundary[2]; /* online: behind the lookup, its transpose before the output norm; or NULL */
+    rondel_hadamard **rotations;  /* all online ones, (rotation_count) */
     int rotation_count;
     int all_f32;                  /* every matrix is F32 */
     struct plan *base, *plan;     /* without and with replication; `plan` is NULL where it cannot be executed */

@@ -34,7 +34,8 @@ static struct plan *base_plan(const struct rondel_model *model) {
     struct plan *plan = plan_new(model->numbers.layers);
     for (int i = 0; plan && i < plan->count; i++)
         plan->steps[i] = (struct step){.layer = &model->layer[i], .parameters = {.gate_attn = 1.0f, .gate_ffn = 1.0f},
-                                       .attention = 1, .ffn = 1, .slot = i, .writes_kv = 1, .members = 1};
+                                       .attention = 1, .ffn = 1, .slot = i, .writes_kv = 1, .members = 1,
+                                       .head_rotation = model->layer[i].head_rotation};
     if (plan) plan->slots = plan->count;
     return plan;
 }
@@ -45,6 +46,7 @@ struct table {
     int64_t *layer, *pass, *parts, *group, *kv, *set; /* (steps) */
     int64_t *merge;                                   /* (groups) */
     int64_t *layer_set;                               /* (layers) or NULL */
+    const rondel_hadamard **slot_rotation;            /* (steps): of the keys in each KV slot that has been written */
 };
 
 static void table_free(struct table *table) {
@@ -56,6 +58,7 @@ static void table_free(struct table *table) {
     free(table->set);
     free(table->merge);
     free(table->layer_set);
+    free(table->slot_rotation);
 }
 
 static int table_read(struct table *table, const struct rondel_model *model, uint64_t sets) {
@@ -86,7 +89,8 @@ static int table_read(struct table *table, const struct rondel_model *model, uin
         return -1;
     if (table->layer_set && table->layer_sets != (uint64_t)layers)
         return set_error("replication.layer.pset has %llu elements, expected %lld", (ull)table->layer_sets, (long long)layers);
-    return 0;
+    table->slot_rotation = calloc(table->steps, sizeof *table->slot_rotation);
+    return table->slot_rotation ? 0 : set_error("out of memory for a plan of %llu steps", (ull)table->steps);
 }
 
 /* Pass 0 must be the model itself, so that a reader that ignores everything else runs it. */
@@ -146,6 +150,8 @@ static int fill_plan(struct plan *plan, const struct table *table, const struct 
         step->attention = (table->parts[i] & PART_ATTENTION) != 0;
         step->ffn = (table->parts[i] & PART_FFN) != 0;
         if (place_slot(plan, step, table->kv[i], i)) return -1;
+        if (step->writes_kv) table->slot_rotation[step->slot] = step->layer->head_rotation;
+        if (step->attention) step->head_rotation = table->slot_rotation[step->slot];
         if (pass == 0 && !step->writes_kv)
             return set_error("step %llu of the replication plan is of pass 0 and shares a KV slot", (ull)i);
         const struct parameter_set *inherited = &sets->set[table->layer_set && pass > 0 ? table->layer_set[layer] : 0];

@@ -22,6 +22,7 @@ struct step {
     struct parameters parameters;
     int attention, ffn;        /* which parts run */
     int slot;                  /* KV slot, -1 without attention */
+    const rondel_hadamard *head_rotation; /* of the keys in the slot, so of the queries too; or NULL */
     int writes_kv;             /* 0: attends to the keys that an earlier step wrote into its slot */
     int member, members;       /* place in its parallel group, and size of the group; 0 of 1 for a serial step */
     enum merge merge;          /* of the group */

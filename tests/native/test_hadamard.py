@@ -4,50 +4,86 @@ import numpy as np
 import pytest
 import torch
 
-from rondel.native.library import NativeError, check, ffi, lib
+from rondel.native import instruction_set, instruction_sets, use_instruction_set
+from rondel.native.library import NativeError, check, check_handle, ffi, lib
 from rondel.quant.hadamard import hadamard_transform, random_signs, unpack_signs
 
 # float32 sums of at most a few hundred terms, in another order than torch's.
 FLOAT32_TOLERANCE = 1e-5
 
 
-def native(x: np.ndarray, block: int, signs: str) -> np.ndarray:
+def native(x: np.ndarray, block: int, signs: bytes, transposed: bool = False) -> np.ndarray:
     out = np.ascontiguousarray(x, dtype=np.float32)
     pointer = ffi.cast("float *", ffi.from_buffer(out, require_writable=True))
-    check(lib.rondel_hadamard(pointer, out.shape[0], out.shape[1], block, bytes.fromhex(signs)))
+    made = ffi.gc(
+        check_handle(lib.rondel_hadamard_new(out.shape[1], block, signs, transposed)), lib.rondel_hadamard_free
+    )
+    check(lib.rondel_hadamard_rows(made, pointer, out.shape[0]))
     return out
 
 
-@pytest.mark.parametrize(
-    ("size", "block"),
-    [
-        (1, 1),
-        (2, 2),
-        (12, 12),
-        (64, 64),
-        (52, 52),
-        (92, 4),
-        (96, 96),
-        (172, 172),
-        (240, 240),
-        (352, 352),
-        (688, 344),
-        (768, 256),
-        (6656, 6656),
-        (8960, 8960),
-        (10944, 10944),
-        (11008, 11008),
-    ],
-)
+# Every way through the kernels: Sylvester alone, bases alone, one to three bases on both sides of the widths of vectors
+# and blocks whose signs begin inside a byte.
+SIZES = [
+    (1, 1),
+    (2, 2),
+    (12, 12),
+    (24, 12),
+    (36, 12),
+    (64, 64),
+    (52, 52),
+    (92, 4),
+    (96, 96),
+    (128, 128),
+    (144, 144),
+    (172, 172),
+    (240, 240),
+    (352, 352),
+    (688, 344),
+    (768, 256),
+    (4096, 4096),
+    (6656, 6656),
+    (8960, 8960),
+    (10944, 10944),
+    (11008, 11008),
+    (13824, 13824),
+    (25600, 25600),
+]
+
+
+@pytest.mark.parametrize(("size", "block"), SIZES)
 def test_equals_the_offline_transform(size, block):
     x = np.random.default_rng(size).standard_normal((3, size)).astype(np.float32)
     signs = random_signs(size, 7, "hidden")
     expected = hadamard_transform(torch.from_numpy(x).double() * unpack_signs(signs, size), block).numpy()
-    assert np.abs(native(x, block, signs) - expected).max() < FLOAT32_TOLERANCE * np.abs(x).max()
+    assert np.abs(native(x, block, bytes.fromhex(signs)) - expected).max() < FLOAT32_TOLERANCE * np.abs(x).max()
+
+
+@pytest.mark.parametrize(("size", "block"), SIZES)
+def test_the_transpose_turns_back(size, block):
+    x = np.random.default_rng(size).standard_normal((2, size)).astype(np.float32)
+    signs = bytes.fromhex(random_signs(size, 7, "boundary"))
+    back = native(native(x, block, signs), block, signs, transposed=True)
+    assert np.abs(back - x).max() < FLOAT32_TOLERANCE * np.abs(x).max()
+
+
+@pytest.mark.parametrize(("size", "block"), SIZES)
+def test_every_instruction_set_gives_the_same_bits(size, block):
+    before = instruction_set()
+    x = np.random.default_rng(size).standard_normal((2, size)).astype(np.float32)
+    signs = bytes.fromhex(random_signs(size, 7, "hidden"))
+    results = []
+    try:
+        for isa in instruction_sets():
+            use_instruction_set(isa)
+            results.append([native(x, block, signs, transposed).view(np.uint32) for transposed in (False, True)])
+    finally:
+        use_instruction_set(before)
+    for result in results:
+        np.testing.assert_array_equal(result, results[-1])
 
 
 @pytest.mark.parametrize(("size", "block"), [(92, 92), (128, 96), (64, 0), (64, -4), (0, 1), (2**40, 2**40)])
 def test_refuses_what_it_cannot_plan(size, block):
-    data = ffi.new("float[1]")
     with pytest.raises(NativeError, match=r"Hadamard"):
-        check(lib.rondel_hadamard(data, 0, size, block, b"\0" * 32))
+        check_handle(lib.rondel_hadamard_new(size, block, b"\0" * 32, 0))

@@ -25,6 +25,7 @@ SUMMATION = 4e-6
 OTHER_ORDER = {"BF16", "Q1_0", "Q2_0", "Q4_K", "IQ4_NL", "MXFP4", "TQ1_0", "IQ1_S", "IQ1_M"}
 # Float64 may hold any of these sums; float32 only integers below this.
 EXACT_LIMIT = 2**24
+HADAMARD_WIDE = 8  # of kernels.h
 LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 1024]
 
 
@@ -154,7 +155,9 @@ POINTER = ctypes.c_void_p
 PACK = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int64, POINTER)
 DOT = ctypes.CFUNCTYPE(ctypes.c_float, POINTER, POINTER, ctypes.c_int64)
 AXPY = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_float, POINTER, ctypes.c_int64)
-BUTTERFLY = ctypes.CFUNCTYPE(None, POINTER, POINTER, ctypes.c_int64)
+SYLVESTER = ctypes.CFUNCTYPE(None, POINTER, POINTER, *[ctypes.c_int64] * 2, POINTER, ctypes.c_int64, ctypes.c_float)
+SIGNED_SUMS = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int, ctypes.c_int64, POINTER, POINTER, ctypes.c_float)
+SWIGLU = ctypes.CFUNCTYPE(None, POINTER, POINTER, ctypes.c_int64)
 TURN = ctypes.CFUNCTYPE(None, *[POINTER] * 4, *[ctypes.c_int64] * 2)
 
 
@@ -171,8 +174,9 @@ class Table(ctypes.Structure):
         ("dot_f16", DOT),
         ("axpy_f32", AXPY),
         ("fma_f16", AXPY),
-        ("butterfly", BUTTERFLY),
-        ("swiglu", BUTTERFLY),
+        ("sylvester", SYLVESTER),
+        ("signed_sums", SIGNED_SUMS),
+        ("swiglu", SWIGLU),
         ("turn", TURN),
     ]
 
@@ -260,10 +264,57 @@ def test_float_rows(tables, isa, n):
         table.fma_f16(y.ctypes.data, 0.3, halves[0].ctypes.data, n)
         exact = halves[1].astype(float) + float(np.float32(0.3)) * halves[0].astype(float)  # in float64
         np.testing.assert_array_equal(y, np.append(exact.astype(np.float32).astype(np.float16), np.float16(7)))
-        left, right = np.append(a, np.float32(7)), np.append(b, np.float32(7))
-        table.butterfly(left.ctypes.data, right.ctypes.data, n)
-        np.testing.assert_array_equal(left, np.append(a + b, 7))
-        np.testing.assert_array_equal(right, np.append(a - b, 7))
+
+
+@pytest.mark.parametrize("signs", [None, 0, 1, 4])  # absent, or the bit in a byte that the first one has
+@pytest.mark.parametrize("length", [2**i for i in range(15)])
+def test_sylvester_transforms(tables, isa, length, signs):
+    count = 2**13 // length if length > 2**11 else 5  # 16384 once, and what does not fill whole vectors
+    total, rng = max(count, 1) * length, np.random.default_rng(length)
+    x = rng.standard_normal(total).astype(np.float32)
+    bits = rng.integers(0, 2, total + 8 + 24)
+    packed = np.packbits(bits, bitorder="little")
+    flips = np.ones(total) if signs is None else 1.0 - 2.0 * bits[signs : signs + total]
+    exact = (x * flips).reshape(-1, length)
+    for half in (length >> i for i in range(1, length.bit_length())):
+        pairs = exact.reshape(-1, 2, half)
+        exact = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1)
+    got = {}
+    for name in ("scalar", isa):
+        out = np.full(total + 1, 7, np.float32)  # the guard behind the row must survive
+        pointer = None if signs is None else packed.ctypes.data
+        tables(name).sylvester(x.ctypes.data, out.ctypes.data, total // length, length, pointer, signs or 0, 0.3)
+        inside = np.append(x, np.float32(7))
+        tables(name).sylvester(
+            inside.ctypes.data, inside.ctypes.data, total // length, length, pointer, signs or 0, 0.3
+        )
+        assert_same_bits(inside, out)
+        assert out[-1] == 7
+        got[name] = out[:-1]
+    assert_same_bits(got[isa], got["scalar"])
+    limit = SUMMATION * np.abs(x).reshape(-1, length).sum(1).max()
+    assert np.abs(got["scalar"] - np.float32(0.3) * exact.reshape(-1)).max() <= limit
+
+
+@pytest.mark.parametrize("inner", [1, 2, 4, 8, 12, 16, 20, 32, 60, 64, 912])
+@pytest.mark.parametrize("order", [12, 20, 76, 172])
+def test_signed_sums(tables, isa, order, inner):
+    rng = np.random.default_rng(order * inner)
+    matrix = rng.choice(np.array([-1, 1], np.float32), (order, order))
+    x = rng.standard_normal((order, inner)).astype(np.float32)
+    if inner < HADAMARD_WIDE:
+        coefficients = np.ascontiguousarray(np.repeat(matrix.T, inner, axis=1))
+    else:
+        coefficients = np.ascontiguousarray(matrix.reshape(order // 4, 4, order).transpose(0, 2, 1))
+    got = {}
+    for name in ("scalar", isa):
+        out = np.full(order * inner + 1, 7, np.float32)
+        tables(name).signed_sums(coefficients.ctypes.data, order, inner, x.ctypes.data, out.ctypes.data, 0.3)
+        assert out[-1] == 7
+        got[name] = out[:-1].reshape(order, inner)
+    assert_same_bits(got[isa], got["scalar"])
+    exact = np.float32(0.3) * (matrix.astype(np.float64) @ x)
+    assert (np.abs(got["scalar"] - exact) <= SUMMATION * np.abs(x).sum(0)).all()
 
 
 @pytest.mark.parametrize("n", LENGTHS)

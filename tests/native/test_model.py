@@ -15,11 +15,13 @@ from rondel.native import Model, NativeError, Session, cpu_count, decode, encode
 from rondel.native.library import ffi, lib
 from tests.native.reference import (
     Numbers,
+    Step,
     Tensors,
     add_hyperparameters,
     forward,
     plain_steps,
     random_weights,
+    replication_keys,
     write_gguf,
 )
 
@@ -192,12 +194,18 @@ def test_extended_formats_run(form: str, tmp_path: Path) -> None:
 def hadamard(size: int, block: int, signs: np.ndarray) -> np.ndarray:
     """The matrix that the runtime applies to rows: row i is the image of unit vector i."""
     rows = np.eye(size, dtype=np.float32)
-    data = ffi.from_buffer("float[]", rows, require_writable=True)
-    assert lib.rondel_hadamard(data, size, size, block, ffi.from_buffer("uint8_t[]", signs)) == 0
+    made = lib.rondel_hadamard_new(size, block, ffi.from_buffer("uint8_t[]", signs), 0)
+    assert lib.rondel_hadamard_rows(made, ffi.from_buffer("float[]", rows, require_writable=True), size) == 0
+    lib.rondel_hadamard_free(made)
     return rows
 
 
-def rotation_keys(signs: np.ndarray, /, **changes: Any) -> dict[str, Any]:
+def random_bits(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size + 7) // 8).astype(np.uint8)
+
+
+def rotation_keys(signs: np.ndarray, /, index: int = 0, **changes: Any) -> dict[str, Any]:
+    """Keys of the online rotation `index`, the last one; of the hidden site unless `changes` say otherwise."""
     keys = {
         "site": ("hidden", TYPES.STRING, None),
         "kind": ("hadamard", TYPES.STRING, None),
@@ -206,14 +214,23 @@ def rotation_keys(signs: np.ndarray, /, **changes: Any) -> dict[str, Any]:
         "block": (48, TYPES.UINT32, None),
         "signs": (signs.tolist(), TYPES.ARRAY, TYPES.UINT8),
     } | changes
-    return {"rondel.rotation.count": (1, TYPES.UINT32, None)} | {
-        f"rondel.rotation.0.{name}": value for name, value in keys.items()
+    return {"rondel.rotation.count": (index + 1, TYPES.UINT32, None)} | {
+        f"rondel.rotation.{index}.{name}": value for name, value in keys.items()
     }
+
+
+def site_keys(site: str, size: int, block: int, index: int = 0, **changes: Any) -> dict[str, Any]:
+    where = {
+        "site": (site, TYPES.STRING, None),
+        "size": (size, TYPES.UINT32, None),
+        "block": (block, TYPES.UINT32, None),
+    }
+    return rotation_keys(random_bits(size, index), index, **where, **changes)
 
 
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_online_rotations_of_hidden_cancel_rotated_columns(layers: list[int] | None, tmp_path: Path) -> None:
-    signs = np.random.default_rng(0).integers(0, 256, 6).astype(np.uint8)
+    signs = random_bits(48)
     weights = random_weights(NUMBERS)
     turned = dict(weights)
     matrix = hadamard(48, 48, signs).astype(np.float64)
@@ -225,13 +242,95 @@ def test_online_rotations_of_hidden_cancel_rotated_columns(layers: list[int] | N
     if layers is not None:
         keys["rondel.rotation.0.layers"] = (layers, TYPES.ARRAY, TYPES.UINT32)
     expected = forward(NUMBERS, weights, TOKENS, plain_steps(3), [0] * 3)
-    assert relative(logits(write_gguf(tmp_path / "m.gguf", NUMBERS, turned, keys)), expected) < LARGEST_ERROR
+    got = logits(write_gguf(tmp_path / "m.gguf", NUMBERS, turned, keys))
+    assert relative(got, expected) < LARGEST_ERROR
+    assert relative(logits(write_gguf(tmp_path / "n.gguf", NUMBERS, turned)), expected) > 100 * LARGEST_ERROR
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_online_rotations_before_quantized_columns(name: str, tmp_path: Path) -> None:
+    """Quantized in the rotated basis, against float64 with the decoded weights turned back."""
+    numbers = Numbers("qwen3", width=64, hidden=96)
+    signs, quantized = random_bits(96), gguf.GGMLQuantizationType[name]
+    matrix = hadamard(96, 96, signs).astype(np.float64)
+    weights = random_weights(numbers)
+    decoded = {}
+    for key, tensor in weights.items():
+        turned = (tensor @ matrix).astype(np.float32) if "ffn_down" in key else tensor
+        weights[key] = turned
+        held = turned
+        if tensor.ndim == 2:
+            held = gguf.quants.dequantize(gguf.quants.quantize(turned, quantized), quantized)
+        decoded[key] = held @ matrix.T if "ffn_down" in key else held
+    expected = forward(numbers, decoded, TOKENS, plain_steps(numbers.layers), [0] * numbers.layers)
+    keys = site_keys("hidden", 96, 96)
+    got = logits(write_gguf(tmp_path / "m.gguf", numbers, weights, keys, quantized))
+    assert relative(got, expected) < ROUNDING_ERROR
+    without_rotation = logits(write_gguf(tmp_path / "n.gguf", numbers, weights, quantized=quantized))
+    assert relative(without_rotation, expected) > 2 * ROUNDING_ERROR
+
+
+# Turned queries meet turned keys: in float32 the same scores up to rounding, in every family and beside every cache.
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_online_rotations_of_queries_change_nothing(family: str, tmp_path: Path) -> None:
+    numbers = Numbers(family, biases=family == "qwen2")
+    weights = random_weights(numbers)
+    expected = forward(numbers, weights, TOKENS, plain_steps(3), [0] * 3)
+    keys = site_keys("queries", 8, 8) | site_keys("hidden", 48, 12, 1, online=(False, TYPES.BOOL, None))
+    path = write_gguf(tmp_path / "m.gguf", numbers, weights, keys)
+    got = logits(path)
+    assert relative(got, expected) < LARGEST_ERROR
+    assert not np.array_equal(got, logits(write_gguf(tmp_path / "n.gguf", numbers, weights)))  # they were turned
+    assert np.array_equal(logits(path, batch=1), got)
+
+
+def test_shared_keys_are_turned_as_their_writer_turned_them(tmp_path: Path) -> None:
+    """A second pass whose layers have no rotation attends to the keys of a layer that has one."""
+    steps = [*plain_steps(3), Step(2, 1, group=3, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
+    weights = random_weights(NUMBERS)
+    keys = replication_keys(3, steps, [0] * 4)
+    keys |= site_keys("queries", 8, 8, layers=([0], TYPES.ARRAY, TYPES.UINT32))
+    expected = forward(NUMBERS, weights, TOKENS, steps, [0] * 4)
+    assert relative(logits(write_gguf(tmp_path / "m.gguf", NUMBERS, weights, keys)), expected) < LARGEST_ERROR
+
+
+def turn_residual(weights: Tensors, matrix: np.ndarray, layers: int) -> Tensors:
+    """Everything but the ends in a basis in which the residual stream x is x @ matrix, norms folded."""
+    turned = dict(weights)
+    for i in range(layers):
+        for norm, readers in (("attn_norm", ("attn_q", "attn_k", "attn_v")), ("ffn_norm", ("ffn_gate", "ffn_up"))):
+            gains = weights[f"blk.{i}.{norm}.weight"].astype(np.float64)
+            turned[f"blk.{i}.{norm}.weight"] = np.ones_like(gains, np.float32)
+            for role in readers:
+                name = f"blk.{i}.{role}.weight"
+                turned[name] = (weights[name] * gains @ matrix).astype(np.float32)
+        for role in ("attn_output", "ffn_down"):
+            name = f"blk.{i}.{role}.weight"
+            turned[name] = (matrix.T @ weights[name]).astype(np.float32)
+    return turned
+
+
+@pytest.mark.parametrize("width", [32, 24])  # a symmetric matrix, and one that is not
+@pytest.mark.parametrize("tied", [True, False])
+def test_online_rotations_of_the_boundary_keep_the_ends(tied: bool, width: int, tmp_path: Path) -> None:
+    numbers = Numbers("qwen3", width=width, tied=tied)
+    weights = random_weights(numbers)
+    matrix = hadamard(width, width, random_bits(width)).astype(np.float64)
+    turned = turn_residual(weights, matrix, numbers.layers)
+    expected = forward(numbers, weights, TOKENS, plain_steps(3), [0] * 3)
+    path = write_gguf(tmp_path / "m.gguf", numbers, turned, site_keys("boundary", width, width))
+    got = logits(path)
+    assert relative(got, expected) < LARGEST_ERROR
+    with Model(path) as model, Session(model, threads=1) as session:
+        assert np.array_equal(session.eval(TOKENS), got[-1:].reshape(session.eval(TOKENS).shape))
 
 
 WRONG_ROTATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "site": ({"site": ("heads", TYPES.STRING, None)}, "site 'heads' is not supported"),
     "kind": ({"kind": ("orthogonal", TYPES.STRING, None)}, "'orthogonal'"),
     "size": ({"size": (32, TYPES.UINT32, None)}, "has the size 32, the site hidden has 48"),
+    "size of queries": ({"site": ("queries", TYPES.STRING, None)}, "has the size 48, the site queries has 8"),
+    "size of the boundary": ({"site": ("boundary", TYPES.STRING, None)}, "has the size 48, the site boundary has 32"),
     "signs": ({"signs": ([1, 2, 3], TYPES.ARRAY, TYPES.UINT8)}, "array of 6 u8"),
     "layers": ({"layers": ([3], TYPES.ARRAY, TYPES.UINT32)}, "outside 0 to 2"),
     "layer twice": ({"layers": ([1, 1], TYPES.ARRAY, TYPES.UINT32)}, "two online rotations"),
@@ -243,6 +342,23 @@ WRONG_ROTATIONS: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_rotations_are_named(name: str, tmp_path: Path) -> None:
     changes, sentence = WRONG_ROTATIONS[name]
     keys = rotation_keys(np.zeros(6, np.uint8), **changes)
+    with pytest.raises(NativeError, match=sentence):
+        Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS), keys))
+
+
+WRONG_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "queries": (site_keys("queries", 8, 8) | site_keys("queries", 8, 4, 1), "two online rotations on one site"),
+    "boundary": (site_keys("boundary", 32, 32) | site_keys("boundary", 32, 32, 1), "two online rotations on the bound"),
+    "boundary of a layer": (
+        site_keys("boundary", 32, 32, layers=([0], TYPES.ARRAY, TYPES.UINT32)),
+        "the boundary is no site of a layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PAIRS)
+def test_two_rotations_on_one_site_are_refused(name: str, tmp_path: Path) -> None:
+    keys, sentence = WRONG_PAIRS[name]
     with pytest.raises(NativeError, match=sentence):
         Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS), keys))
 

@@ -156,20 +156,6 @@ static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
     for (; i < n; i++) y[i] = float_to_half(fmaf(scale, _cvtsh_ss(x[i]), _cvtsh_ss(y[i])));
 }
 
-static void butterfly(float *a, float *b, int64_t n) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 left = _mm256_loadu_ps(a + i), right = _mm256_loadu_ps(b + i);
-        _mm256_storeu_ps(a + i, _mm256_add_ps(left, right));
-        _mm256_storeu_ps(b + i, _mm256_sub_ps(left, right));
-    }
-    for (; i < n; i++) {
-        float left = a[i], right = b[i];
-        a[i] = left + right;
-        b[i] = left - right;
-    }
-}
-
 static inline __m256 exponential(__m256 x) {
     const __m256 shift = _mm256_set1_ps(0x1.8p23f), magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(0x1.715476p+0f), shift), n = _mm256_sub_ps(shifted, shift);
@@ -232,7 +218,8 @@ const struct kernels kernels_avx2 = {
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
-    .butterfly = butterfly,
+    .sylvester = avx2_sylvester,
+    .signed_sums = avx2_signed_sums,
     .swiglu = avx2_swiglu,
     .turn = avx2_turn,
 };

@@ -58,15 +58,6 @@ static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
     }
 }
 
-static void butterfly(float *a, float *b, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 mask = n - i < 16 ? lanes(n - i) : 0xffff;
-        __m512 left = load_floats(a + i, mask), right = load_floats(b + i, mask);
-        _mm512_mask_storeu_ps(a + i, mask, _mm512_add_ps(left, right));
-        _mm512_mask_storeu_ps(b + i, mask, _mm512_sub_ps(left, right));
-    }
-}
-
 const struct kernels kernels_avx512 = {
     .name = "avx512",
     .usable = avx512_usable,
@@ -81,7 +72,8 @@ const struct kernels kernels_avx512 = {
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
-    .butterfly = butterfly,
+    .sylvester = avx512_sylvester,
+    .signed_sums = avx512_signed_sums,
     .swiglu = avx2_swiglu,
     .turn = avx2_turn,
 };

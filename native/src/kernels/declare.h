@@ -20,6 +20,10 @@
     DECLARE_PANEL(isa, u2_64) DECLARE_PANEL(isa, u2_128) DECLARE_PANEL(isa, u2_256) DECLARE_PANEL(isa, u4_64) \
     DECLARE_PANEL(isa, u4_128) DECLARE_PANEL(isa, u4_256) DECLARE_PANEL(isa, u8_64)                           \
     DECLARE_PANEL(isa, u8_128) DECLARE_PANEL(isa, u8_256)
+#define DECLARE_HADAMARD(isa)                                                                                 \
+    void isa##_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *signs,       \
+                         int64_t first, float scale);                                                         \
+    void isa##_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale);
 
 /* Columns of a table. */
 #define BLOCK_DOTS(isa)                                                                                       \

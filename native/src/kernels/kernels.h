@@ -4,6 +4,8 @@
 #define RONDEL_KERNELS_H
 #include "formats.h"
 
+enum { HADAMARD_WIDE = 8 };
+
 struct kernels {
     const char *name;
     int (*usable)(void);
@@ -18,7 +20,13 @@ struct kernels {
     float (*dot_f16)(const uint16_t *a, const uint16_t *b, int64_t n);
     void (*axpy_f32)(float *y, float scale, const float *x, int64_t n);
     void (*fma_f16)(uint16_t *y, float scale, const uint16_t *x, int64_t n); /* y <- half(scale x + y), rounded once */
-    void (*butterfly)(float *a, float *b, int64_t n); /* a, b <- a + b, a - b */
+    /* `count` Sylvester matrices of order `length`, side by side, times signs: y <- scale H (s o x); y may be x. Bit `first` of
+     * `signs` (least significant first, 1 = minus) belongs to x[0]; 3 bytes past the last must be readable; NULL: all plus. */
+    void (*sylvester)(const float *x, float *y, int64_t count, int64_t length, const uint8_t *signs, int64_t first, float scale);
+    /* Another factor of a Hadamard matrix: y <- scale M x for M (order, order) of 1 and -1 and x (order, inner), y not x.
+     * coefficients: M as (order / 4, order, 4), four rows side by side; where inner < HADAMARD_WIDE, when it is a power of
+     * two, M's transpose with every column `inner` times, (order, order * inner). */
+    void (*signed_sums)(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale);
     void (*swiglu)(float *gate, const float *up, int64_t n); /* gate <- silu(gate) o up */
     /* `pairs` pairs (a, b), neighbours `step` apart: a, b <- a cos - b sin, a sin + b cos. */
     void (*turn)(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step);

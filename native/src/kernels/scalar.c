@@ -120,14 +120,6 @@ static void fma_f16(uint16_t *y, float scale, const uint16_t *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] = float_to_half(fmaf(scale, half_to_float(x[i]), half_to_float(y[i])));
 }
 
-static void butterfly(float *a, float *b, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        float sum = a[i] + b[i], difference = a[i] - b[i];
-        a[i] = sum;
-        b[i] = difference;
-    }
-}
-
 /* exp(x) = 2^n exp(b) with x = n log 2 + b, by the polynomial of Arm's optimized routines: 2 units in the last place, and
  * what llama.cpp's vectors compute. Beyond |n| = 126 the power of two is made of two factors. */
 static float exponential(float x) {
@@ -174,7 +166,8 @@ const struct kernels kernels_scalar = {
     .dot_f16 = dot_f16,
     .axpy_f32 = axpy_f32,
     .fma_f16 = fma_f16,
-    .butterfly = butterfly,
+    .sylvester = scalar_sylvester,
+    .signed_sums = scalar_signed_sums,
     .swiglu = swiglu,
     .turn = turn,
 };

@@ -6,6 +6,7 @@
 DECLARE_BLOCKS(scalar)
 DECLARE_CODEBOOKS(scalar)
 DECLARE_TILES(scalar)
+DECLARE_HADAMARD(scalar)
 
 /* In the order of two halves added to each other again and again. */
 static inline float sum_of_lanes(const float lanes[8]) {

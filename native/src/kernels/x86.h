@@ -27,8 +27,10 @@ void avx2_turn(float *a, float *b, const float *cosines, const float *sines, int
 DECLARE_BLOCKS(avx2)
 DECLARE_CODEBOOKS(avx2)
 DECLARE_TILES(avx2)
+DECLARE_HADAMARD(avx2)
 DECLARE_BLOCKS(avx512)
 DECLARE_TILES(avx512)
+DECLARE_HADAMARD(avx512)
 
 static inline float load_half(const uint8_t bytes[2]) {
     uint16_t half;

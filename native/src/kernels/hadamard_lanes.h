@@ -1,0 +1,154 @@
+/* The Hadamard kernels on vectors of LANES floats, of which GROUP (8 or 16) stay in registers: included once by the file of
+ * an instruction set, which has defined these, `lanes`, and the functions load, store, fused, spread, flip and within. Every
+ * element goes through the additions of scalar_hadamard.c in their order; only what lies in registers between them differs. */
+#include <stdint.h>
+
+#include "kernels.h"
+#include "scalar.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LEAF = GROUP * LANES };
+
+/* Signs of neighbouring elements: bit `shift` of bits[0] is the first one's; bits NULL: all plus. */
+struct signs {
+    const uint8_t *bits;
+    int shift;
+};
+
+INLINE struct signs signs_after(struct signs signs, int64_t elements) { /* a multiple of 8 */
+    return (struct signs){signs.bits ? signs.bits + elements / 8 : NULL, signs.shift};
+}
+
+/* The vector at x[i], i a multiple of 8. `flipped` is known where this is compiled: no test remains in a loop. */
+INLINE lanes fetch(const float *x, int64_t i, struct signs signs, int flipped) {
+    lanes v = load(x + i);
+    return flipped ? flip(v, signs.bits + i / 8, signs.shift) : v;
+}
+
+INLINE void butterfly(lanes *a, lanes *b) {
+    lanes difference = *a - *b;
+    *a += *b;
+    *b = difference;
+}
+
+/* The stages among `radix` vectors, those of the largest distance first. */
+INLINE void butterflies(lanes v[GROUP], int radix) {
+    for (int k = 0; radix == 16 && k < 8; k++) butterfly(&v[k], &v[k + 8]);
+    for (int k = 0; radix >= 8 && k < radix; k += 8)
+        for (int i = k; i < k + 4; i++) butterfly(&v[i], &v[i + 4]);
+    for (int k = 0; radix >= 4 && k < radix; k += 4) {
+        butterfly(&v[k], &v[k + 2]);
+        butterfly(&v[k + 1], &v[k + 3]);
+    }
+    for (int k = 0; radix >= 2 && k < radix; k += 2) butterfly(&v[k], &v[k + 1]);
+}
+
+/* The first stages of radix * stride floats, those of distances from `stride` up. */
+INLINE void pass(const float *x, float *y, int64_t stride, int radix, struct signs signs, int flipped) {
+    for (int64_t i = 0; i < stride; i += LANES) {
+        lanes v[GROUP];
+        for (int k = 0; k < radix; k++) v[k] = fetch(x, k * stride + i, signs, flipped);
+        butterflies(v, radix);
+        for (int k = 0; k < radix; k++) store(y + k * stride + i, v[k]);
+    }
+}
+
+/* Calls `function` with a radix, and with or without signs, that the compiler knows. */
+#define WITH_RADIX(radix, function, ...)                                     \
+    case radix:                                                              \
+        if (signs.bits) function(x, y, __VA_ARGS__, radix, signs, 1);        \
+        else function(x, y, __VA_ARGS__, radix, signs, 0);                   \
+        break
+
+static void any_pass(const float *x, float *y, int64_t stride, int radix, struct signs signs) {
+    switch (radix) {
+        WITH_RADIX(8, pass, stride);
+        WITH_RADIX(4, pass, stride);
+        WITH_RADIX(2, pass, stride);
+    }
+}
+
+/* All stages of transforms of radix * LANES floats, `total` floats of them. */
+INLINE void leaves(const float *x, float *y, int64_t total, float scale, int radix, struct signs signs, int flipped) {
+    for (int64_t i = 0; i < total; i += radix * LANES) {
+        lanes v[GROUP];
+        for (int k = 0; k < radix; k++) v[k] = fetch(x, i + k * LANES, signs, flipped);
+        butterflies(v, radix);
+        for (int k = 0; k < radix; k++) store(y + i + k * LANES, within(v[k], LANES) * spread(scale));
+    }
+}
+
+static void any_leaves(const float *x, float *y, int64_t total, int radix, struct signs signs, float scale) {
+    switch (radix) {
+#if GROUP == 16 /* AVX2 has no registers for it */
+        WITH_RADIX(16, leaves, total, scale);
+#endif
+        WITH_RADIX(8, leaves, total, scale);
+        WITH_RADIX(4, leaves, total, scale);
+        WITH_RADIX(2, leaves, total, scale);
+        WITH_RADIX(1, leaves, total, scale);
+    }
+}
+
+/* Depth first: what a pass has made small enough for a cache is finished there. */
+static void descend(const float *x, float *y, int64_t length, struct signs signs, float scale) {
+    int radix = length >= 8 * LEAF ? 8 : (int)(length / LEAF);
+    int64_t stride = length / radix;
+    any_pass(x, y, stride, radix, signs);
+    if (stride == LEAF) {
+        any_leaves(y, y, length, GROUP, (struct signs){0}, scale);
+        return;
+    }
+    for (int k = 0; k < radix; k++) descend(y + k * stride, y + k * stride, stride, (struct signs){0}, scale);
+}
+
+/* Transforms of fewer floats than a vector has lanes; those that fill no vector are left to the scalar one. */
+static void short_transforms(const float *x, float *y, int64_t total, int64_t length, struct signs signs, float scale) {
+    int64_t done = 0;
+    for (; done + LANES <= total; done += LANES) {
+        lanes v = signs.bits ? fetch(x, done, signs, 1) : load(x + done);
+        store(y + done, within(v, length) * spread(scale));
+    }
+    signs = signs_after(signs, done);
+    scalar_sylvester(x + done, y + done, (total - done) / length, length, signs.bits, signs.shift, scale);
+}
+
+static void sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *bits, int64_t first,
+                      float scale) {
+    struct signs signs = {bits ? bits + first / 8 : NULL, (int)(first % 8)};
+    if (length < LANES) short_transforms(x, y, count * length, length, signs, scale);
+    else if (length <= LEAF) any_leaves(x, y, count * length, (int)(length / LANES), signs, scale);
+    else
+        for (int64_t i = 0; i < count * length; i += length) descend(x + i, y + i, length, signs_after(signs, i), scale);
+}
+
+/* Four rows of a base times `vectors` vectors of columns. coefficients: (order, 4). */
+INLINE void four_rows(const float *coefficients, int order, int64_t inner, const float *x, float *y, int vectors,
+                      float scale) {
+    lanes sums[4][TILE], columns[TILE];
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) sums[r][v] = spread(0);
+    for (int j = 0; j < order; j++, coefficients += 4, x += inner) {
+        for (int v = 0; v < vectors; v++) columns[v] = load(x + v * LANES);
+        for (int r = 0; r < 4; r++)
+            for (int v = 0; v < vectors; v++) sums[r][v] = fused(spread(coefficients[r]), columns[v], sums[r][v]);
+    }
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) store(y + r * inner + v * LANES, sums[r][v] * spread(scale));
+}
+
+/* inner >= LANES. The last vector of columns overlaps the one before where LANES does not divide them. */
+static void wide_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
+    for (int64_t column = 0; column < inner;) {
+        int many = column + TILE * LANES <= inner;
+        if (!many && column + LANES > inner) column = inner - LANES;
+        for (int row = 0; row < order; row += 4) {
+            const float *four = coefficients + (int64_t)row * order;
+            float *out = y + row * inner + column;
+            if (many) four_rows(four, order, inner, x + column, out, TILE, scale);
+            else four_rows(four, order, inner, x + column, out, 1, scale);
+        }
+        column += many ? TILE * LANES : LANES;
+    }
+}
