@@ -1,4 +1,6 @@
 /* The Hadamard transform, scalar: the order of additions is the specification. */
+#include <string.h>
+
 #include "scalar.h"
 
 void scalar_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *bits, int64_t first,
@@ -18,21 +20,28 @@ void scalar_sylvester(const float *x, float *y, int64_t count, int64_t length, c
 
 enum { SUMS = 32 }; /* in registers while a column of the matrix after the other is added */
 
-/* Sums of `width` outputs, in ascending order of j, from zero: y <- scale sum_j signs[j * step] x[j * inner ..]. */
-static void row_sums(const float *signs, int order, int64_t step, const float *x, int64_t inner, int64_t width, float *y,
-                     float scale) {
-    for (int64_t first = 0; first < width; first += SUMS) {
-        int64_t last = first + SUMS < width ? first + SUMS : width;
+/* One row of a base, its signs four apart: sums in ascending order of j, from zero. */
+static void row_sums(const float *signs, int order, const float *x, int64_t inner, float *y, float scale) {
+    for (int64_t first = 0; first < inner; first += SUMS) {
+        int64_t last = first + SUMS < inner ? first + SUMS : inner;
         float sums[SUMS] = {0};
         for (int j = 0; j < order; j++)
-            for (int64_t i = first; i < last; i++) sums[i - first] += signs[j * step] * x[j * inner + i];
+            for (int64_t i = first; i < last; i++) sums[i - first] += signs[4 * j] * x[j * inner + i];
         for (int64_t i = first; i < last; i++) y[i] = sums[i - first] * scale;
     }
 }
 
+static void narrow_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
+    memset(y, 0, (size_t)(order * inner) * sizeof *y);
+    for (int j = 0; j < order; j++, x += inner)
+        for (int row = 0; row < order; row++, coefficients += inner)
+            for (int64_t i = 0; i < inner; i++) y[row * inner + i] += coefficients[i] * x[i];
+    for (int64_t i = 0; i < order * inner; i++) y[i] *= scale;
+}
+
 void scalar_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    int wide = inner >= HADAMARD_WIDE;
-    for (int64_t row = 0; row < order; row++)
-        row_sums(coefficients + (wide ? row / 4 * 4 * order + row % 4 : row * inner), order, wide ? 4 : order * inner, x, inner,
-                 inner, y + row * inner, scale);
+    if (inner < HADAMARD_WIDE) narrow_sums(coefficients, order, inner, x, y, scale);
+    else
+        for (int row = 0; row < order; row++)
+            row_sums(coefficients + row / 4 * 4 * order + row % 4, order, x, inner, y + row * inner, scale);
 }
