@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rondel.converters.config_fields import ConfigFields
 from rondel.converters.family import Experts, Latents
 
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
-METHODS = ("greedy", "group_limited_greedy", "noaux_tc")  # to choose experts; the last: by sigmoid and a bias
+METHODS = ("greedy", "group_limited_greedy", "noaux_tc")  # to choose experts; the last one by sigmoid and a bias
 
 
 def experts_of(config: ConfigFields) -> Experts:
@@ -27,9 +29,9 @@ def experts_of(config: ConfigFields) -> Experts:
     if count % groups or used_groups > groups:
         raise config.refuse("n_group", f"a divisor of {counted} ({count}), at least topk_group", groups)
     hidden = config.size("moe_intermediate_size")
-    scores = fields.get("scoring_func") or ("sigmoid" if method == "noaux_tc" else "softmax")
-    if scores not in ("softmax", "sigmoid"):
-        raise config.refuse("scoring_func", "softmax or sigmoid", scores)
+    scores: Literal["softmax", "sigmoid"] = "sigmoid" if method == "noaux_tc" else "softmax"
+    if fields.get("scoring_func") not in (None, scores):
+        raise config.refuse("scoring_func", f"{scores} with topk_method {method}", fields["scoring_func"])
     return Experts(
         count=count,
         used=used,

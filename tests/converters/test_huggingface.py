@@ -25,6 +25,7 @@ from rondel.converters.huggingface import (
     separate_rows,
 )
 from tests.tiny import FAMILIES, tiny_model
+from tests.tiny_sparse import tiny_sparse_model
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -328,4 +329,46 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path / "m")
     (folder / "model.safetensors").unlink()
     with pytest.raises(RondelError, match="holds no weights"):
+        open_checkpoint(folder)
+
+
+def test_experts_and_latents_are_read(tmp_path: Path) -> None:
+    folder = tiny_sparse_model("deepseek3", tmp_path / "m")
+    stored, checkpoint = load_file(folder / "model.safetensors"), open_checkpoint(folder)
+    assert len(checkpoint.names()) == len(stored)
+    for name, source in {
+        "blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight",
+        "blk.1.ffn_gate_exps.7.weight": "model.layers.1.mlp.experts.7.gate_proj.weight",
+        "blk.2.ffn_down_shexp.weight": "model.layers.2.mlp.shared_experts.down_proj.weight",
+        "blk.2.ffn_gate_inp.weight": "model.layers.2.mlp.gate.weight",
+        "blk.2.exp_probs_b.bias": "model.layers.2.mlp.gate.e_score_correction_bias",
+        "blk.1.attn_kv_a_mqa.weight": "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+    }.items():
+        assert torch.equal(checkpoint.read(name), stored[source]), name
+    assert "blk.0.ffn_gate_inp.weight" not in checkpoint
+    stretched = {"rope_type": "yarn", "factor": 40, "beta_fast": 32}
+    edit_config(folder, rope_parameters=stretched)
+    assert open_checkpoint(folder).numbers.rope_scaling == stretched
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ({"num_experts_per_tok": 9}, r"at most n_routed_experts \(8\)"),
+        ({"topk_method": "random"}, "topk_method must be one of greedy"),
+        ({"scoring_func": "softmax"}, "scoring_func must be sigmoid"),
+        ({"n_group": 3}, "n_group must be a divisor"),
+        ({"rope_interleave": False}, "rope_interleave must be true"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
+        ({"kv_lora_rank": ...}, "kv_lora_rank must be a positive integer"),
+        ({"first_k_dense_replace": 2}, "mlp.gate_proj.weight is missing"),
+        ({"num_hidden_layers": 2}, "is not part of this architecture"),
+    ],
+)
+def test_experts_that_contradict_the_table_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = tiny_sparse_model("deepseek3", tmp_path / "m")
+    edit_config(folder, **changes)
+    with pytest.raises(RondelError, match=message):
         open_checkpoint(folder)

@@ -14,6 +14,7 @@ from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.families import FAMILIES
 from rondel.converters.family import OUTPUT, OUTPUT_NORM, Norm, block_tensor
+from rondel.converters.huggingface import huggingface_block
 from rondel.converters.output import StageOutput
 from rondel.converters.stats import Stats, open_stats, site_tensor
 from rondel.quant.hadamard import pack_signs, rotate_channels, unpack_signs
@@ -238,6 +239,26 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "qwen3", sandwich)
     with pytest.raises(RondelError, match="post_norm stands between"):
         rotate(source, tmp_path / "sandwich", RotateConfig())
+
+
+def test_gains_that_lack_one_are_whole_when_opened(tmp_path, monkeypatch):
+    """A family whose norms multiply by 1 + g: folding sees the whole gain, and transformers gets g back."""
+    plain = model("qwen3", tmp_path)
+    stored, wrong = {name: plain.read(name) for name in plain.names()}, reference_logits(plain, TOKENS)
+    monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(plain.family, norm_offset=1.0))
+    source = open_checkpoint(plain.root)
+    for name in (OUTPUT_NORM, "blk.1.ffn_norm.weight", "blk.0.attn_q_norm.weight"):
+        assert torch.equal(source.read(name), stored[name] + 1)
+        assert source.info(name).format == "F32"
+    assert torch.equal(source.read("blk.0.ffn_down.weight"), stored["blk.0.ffn_down.weight"])
+    given = huggingface_block(source, 1)["post_attention_layernorm.weight"]
+    assert difference(given, stored["blk.1.ffn_norm.weight"].double()) < STORED_F32
+    expected = reference_logits(source, TOKENS)
+    assert difference(reference_logits(RotatedView(source, RotateConfig()), TOKENS), expected) < EXACT
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig())
+    assert open_checkpoint(rotated.root).read(OUTPUT_NORM).eq(1).all()
+    assert difference(reference_logits(rotated, TOKENS), expected) < STORED_F32
+    assert difference(wrong, expected) > BROKEN
 
 
 def folder_hash(folder: Path) -> str:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.errors import RondelError
+from rondel.converters.export import ExportConfig, export
+from rondel.converters.families import FAMILIES
+from rondel.converters.family import Norm
+from rondel.quant.calibrate import CalibrateConfig, calibrate
+from rondel.quant.quantize import QuantizeConfig, quantize
+from rondel.quant.replicate import ReplicateConfig, replicate
 from rondel.quant.rotate import RotateConfig, rotate
 from rondel.quant.rotated_view import RotatedView
+from rondel.quant.rotator import Rotator
+from rondel.quant.workers import Workers
 from tests.quant.sparse_reference import sparse_logits
-from tests.quant.test_rotate import EXACT, FLOAT32, STORED_F32, difference
+from tests.quant.test_rotate import BROKEN, EXACT, FLOAT32, STORED_F32, Patched, difference
 from tests.tiny import SMALLEST_TOKENIZER
 from tests.tiny_sparse import MODELS, tiny_sparse_model
 
 # transformers' norms, RoPE tables and routers are float32 whatever the model's precision.
 FLOAT32_NORMS = 1e-5
 TOKENS = torch.randint(0, SMALLEST_TOKENIZER, (24,), generator=torch.Generator().manual_seed(5))
-
-
-def model(name: str, folder: Path) -> Checkpoint:
-    return open_checkpoint(tiny_sparse_model(name, folder / name))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_oracle_computes_what_transformers_computes(name, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    source = model(name, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(source.root, dtype=torch.float32, experts_implementation="eager")
-    theirs = theirs.double().eval()
-    with torch.no_grad():
-        expected = theirs(TOKENS[None]).logits[0]
-    assert difference(sparse_logits(source, TOKENS)[0], expected) < FLOAT32_NORMS
-
-
 NOTHING = RotateConfig(residual=False, heads=False, latents=False, nope=False, target="rondel")
 ROTATIONS = {
     "residual": replace(NOTHING, residual=True),
@@ -48,13 +39,42 @@ ROTATIONS = {
 }
 # The weights that a rotation must have changed, where a model has them.
 CHANGED = {
-    "residual": ["attn_q", "attn_q_a", "attn_kv_a_mqa", "attn_output", "ffn_gate", "ffn_gate_inp", "ffn_up_exps.1",
-                 "ffn_down_exps.2", "ffn_gate_shexp", "ffn_down_shexp"],
+    "residual": [
+        "attn_q",
+        "attn_q_a",
+        "attn_kv_a_mqa",
+        "attn_output",
+        "ffn_gate",
+        "ffn_gate_inp",
+        "ffn_up_exps.1",
+        "ffn_down_exps.2",
+        "ffn_gate_shexp",
+        "ffn_down_shexp",
+    ],
     "heads": ["attn_v", "attn_kv_b", "attn_output"],
     "latents": ["attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"],
     "nope": ["attn_q", "attn_q_b", "attn_kv_b"],
     "hidden": ["ffn_down", "ffn_down_exps.0", "ffn_down_exps.5", "ffn_down_shexp"],
-}  # fmt: skip
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Every model, written once."""
+    folder = tmp_path_factory.mktemp("sparse")
+    return {name: open_checkpoint(tiny_sparse_model(name, folder / name)) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_oracle_computes_what_transformers_computes(name, models):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        models[name].root, dtype=torch.float32, experts_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = theirs.double().eval()(TOKENS[None]).logits[0]
+    assert difference(sparse_logits(models[name], TOKENS)[0], expected) < FLOAT32_NORMS
 
 
 def cases() -> list[tuple[str, str]]:
@@ -64,8 +84,8 @@ def cases() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "which"), cases())
-def test_rotated_model_computes_the_same_function(name, which, tmp_path):
-    source, config = model(name, tmp_path), ROTATIONS[which]
+def test_rotated_model_computes_the_same_function(name, which, models, tmp_path):
+    source, config = models[name], ROTATIONS[which]
     expected, routes = sparse_logits(source, TOKENS)
     got, chosen = sparse_logits(RotatedView(source, config), TOKENS)
     assert difference(got, expected) < EXACT
@@ -80,3 +100,104 @@ def test_rotated_model_computes_the_same_function(name, which, tmp_path):
     changed = [weight for weight in names if weight in source]
     assert changed
     assert not any(torch.equal(rotated.read(weight), source.read(weight)) for weight in changed)
+
+
+def test_a_tied_head_keeps_its_basis(models):
+    source = models["qwen3moe-tied"]
+    view = RotatedView(source, RotateConfig(keep_tied=True, target="rondel"))
+    expected, routes = sparse_logits(source, TOKENS)
+    got, chosen = sparse_logits(view, TOKENS)
+    assert difference(got, expected) < EXACT
+    assert torch.equal(chosen, routes)
+
+
+def broken(source: Checkpoint, what: str) -> dict[str, torch.Tensor]:
+    """Tensors of a rotated DeepSeek-V3 as they would be had one step been forgotten."""
+    view = RotatedView(source, RotateConfig())
+    layers = range(source.numbers.layers)
+    if what in ("one expert", "router", "shared expert", "latent's gain"):
+        used = int(sparse_logits(source, TOKENS)[1][-1, -1, 0])
+        names = {
+            "one expert": [f"blk.2.ffn_down_exps.{used}.weight"],
+            "router": [f"blk.{layer}.ffn_gate_inp.weight" for layer in layers if layer],
+            "shared expert": ["blk.1.ffn_gate_shexp.weight"],
+            "latent's gain": ["blk.1.attn_kv_a_norm.weight"],
+        }[what]
+        return {name: source.read_float(name, torch.float64) for name in names}
+    # A matrix that one of the rotations did not reach.
+    site, role = {
+        "values": ("heads", "attn_kv_b"),
+        "nope of the queries": ("nope", "attn_q_b"),
+        "latent of the queries": ("q_latent", "attn_q_a"),
+        "shared key": ("residual", "attn_kv_a_mqa"),
+    }[what]
+    rotations = [rotation for rotation in view.rotations if rotation.site != site]
+    with Workers(1) as workers:
+        rotator = Rotator(source, rotations, workers, dtype=torch.float64)
+        return {name: rotator.tensor(name) for name in (f"blk.{layer}.{role}.weight" for layer in layers)}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "one expert",
+        "router",
+        "shared expert",
+        "latent's gain",
+        "values",
+        "nope of the queries",
+        "latent of the queries",
+        "shared key",
+    ],
+)
+def test_the_oracle_notices_a_forgotten_step(what, models):
+    source = models["deepseek3"]
+    rotated = RotatedView(source, RotateConfig())
+    tensors = {**{name: rotated.read(name) for name in rotated.names()}, **broken(source, what)}
+    got, chosen = sparse_logits(Patched(rotated, tensors), TOKENS)
+    expected, routes = sparse_logits(source, TOKENS)
+    assert difference(got, expected) > BROKEN
+    assert what != "router" or not torch.equal(chosen, routes)
+
+
+def test_the_oracle_notices_a_wrong_table(models, monkeypatch):
+    """The rows of q and k in the wrong order inside a head: a table that says so must not pass."""
+    source, family = models["deepseek2"], FAMILIES["deepseek2"]
+    expected = sparse_logits(source, TOKENS)[0]
+    swapped = tuple(replace(one, parts=one.parts[::-1]) if one.role == "attn_q_b" else one for one in family.linears)
+    monkeypatch.setitem(FAMILIES, "deepseek2", replace(family, linears=swapped))
+    assert difference(sparse_logits(RotatedView(source, ROTATIONS["nope"]), TOKENS)[0], expected) > BROKEN
+
+
+def test_what_only_rotates_is_refused_elsewhere(models, tmp_path):
+    source, out = models["deepseek2-lite"], tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time")
+    for what, stage in {
+        "calibrated": lambda: calibrate(source, out, CalibrateConfig(), [text]),
+        "quantized": lambda: quantize(source, out, QuantizeConfig(), None),
+        "replicated": lambda: replicate(source, out, ReplicateConfig()),
+        "exported": lambda: export(source, out, ExportConfig()),
+    }.items():
+        with pytest.raises(RondelError, match=f"deepseek2 models can be rotated, but not {what} yet"):
+            stage()
+    assert not out.exists()
+
+
+def test_refusals(models, tmp_path, monkeypatch):
+    source, out = models["deepseek3"], tmp_path / "out"
+    with pytest.raises(RondelError, match="one key for all heads"):
+        rotate(source, out, RotateConfig(queries="full", target="rondel"))
+    with pytest.raises(RondelError, match="do not divide the 24 hidden experts channels"):
+        rotate(source, out, RotateConfig(hidden=28, target="rondel"))
+    with pytest.raises(RondelError, match="nothing to rotate"):
+        rotate(models["qwen3moe"], out, replace(NOTHING, latents=True, nope=True))
+    extra = Patched(source, {"blk.1.nextn.weight": torch.ones(4)})
+    with pytest.raises(RondelError, match=r"does not know what blk\.1\.nextn\.weight reads"):
+        rotate(extra, out, RotateConfig())
+    family = FAMILIES["deepseek2"]
+    behind = (*family.norms, Norm("attn_k_rope_norm", "k_rope_norm", "kv_latent", None, "kv_latent"))
+    monkeypatch.setitem(FAMILIES, "deepseek2", dataclasses.replace(family, norms=behind))
+    with pytest.raises(RondelError, match="attn_k_rope_norm stands between"):
+        rotate(source, out, ROTATIONS["latents"])
+    assert not out.exists()

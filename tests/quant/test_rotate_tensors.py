@@ -1,0 +1,166 @@
+"""Is every rotated tensor what the algebra says, written out with dense matrices, and what statistics must keep?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.output import StageOutput
+from rondel.converters.stats import Stats, open_stats, site_tensor
+from rondel.quant.hadamard import rotate_channels
+from rondel.quant.rotate import RotateConfig, rotate
+from rondel.quant.rotated_view import RotatedView
+from tests.quant.test_rotate import EXACT, STORED_F32, difference
+from tests.quant.test_rotate import MODELS as DENSE_MODELS
+from tests.quant.test_rotate import model as dense_model
+from tests.tiny_sparse import MODELS, tiny_sparse_model
+
+CONFIG = RotateConfig(hidden="full", seed=9, target="rondel")
+SAMPLES = 400  # random vectors behind the second moments
+
+
+def model(name: str, folder: Path) -> Checkpoint:
+    return open_checkpoint(tiny_sparse_model(name, folder / name)) if name in MODELS else dense_model(name, folder)
+
+
+class Algebra:
+    """The rotated tensors of a model, by dense matrices: x -> x R at every site, columns W R, rows R^T W."""
+
+    def __init__(self, source: Checkpoint, rotated: Checkpoint) -> None:
+        self.source, self.numbers = source, source.numbers
+        self.dense = {
+            found.site: rotate_channels(torch.eye(found.size, dtype=torch.float64), found)
+            for found in rotated.rotations
+        }
+        self.stream, self.heads = self.dense["residual"], self.dense["heads"]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.source.read_float(name, torch.float64)
+
+    def values(self) -> torch.Tensor:
+        """Of the value heads: that of the first query head in each group."""
+        group, size = self.numbers.heads // self.numbers.kv_heads, self.numbers.value_dim
+        starts = range(0, self.numbers.heads * size, group * size)
+        return torch.block_diag(*(self.heads[first : first + size, first : first + size] for first in starts))
+
+    def blocks(self, first: str | None, first_size: int, second: str | None, second_size: int) -> torch.Tensor:
+        """Of heads that hold two parts in turn, each the block that a site has for the head, or the identity."""
+        made = []
+        for head in range(self.numbers.heads):
+            for site, size in ((first, first_size), (second, second_size)):
+                part = slice(head * size, (head + 1) * size)
+                found = self.values() if site == "values" else self.dense[site] if site else None
+                made.append(torch.eye(size, dtype=torch.float64) if found is None else found[part, part])
+        return torch.block_diag(*made)
+
+    def rows(self, role: str) -> torch.Tensor | None:
+        latents = self.numbers.latents
+        if role == "attn_output" or "_down" in role:
+            return self.stream
+        if role == "attn_v":
+            return self.values()
+        if latents and role in ("attn_q", "attn_q_b"):
+            return self.blocks("nope", latents.nope, None, latents.rope)
+        if latents and role == "attn_kv_b":
+            return self.blocks("nope", latents.nope, "values", latents.values)
+        if latents and role == "attn_kv_a_mqa":
+            return torch.block_diag(self.dense["kv_latent"], torch.eye(latents.rope, dtype=torch.float64))
+        return self.dense["q_latent"] if role == "attn_q_a" else None
+
+    def columns(self, layer: str, role: str) -> torch.Tensor:
+        """diag(gain) R of what a matrix reads."""
+        if role == "attn_output":
+            return self.heads
+        if "_down" in role:
+            hidden = {"exps": "hidden_experts", "shexp": "hidden_shared"}.get(role.rpartition("_")[2], "hidden")
+            return self.dense[hidden]
+        norm, site = {
+            "attn_q_b": ("attn_q_a_norm", "q_latent"),
+            "attn_kv_b": ("attn_kv_a_norm", "kv_latent"),
+        }.get(role, ("attn_norm" if role.startswith("attn") else "ffn_norm", "residual"))
+        return self.read(f"blk.{layer}.{norm}.weight")[:, None] * self.dense[site]
+
+    def expected(self, name: str) -> torch.Tensor:
+        if name == "token_embd.weight":
+            return self.read(name) @ self.stream
+        if name == "output.weight":
+            return self.read(self.source.head()) * self.read("output_norm.weight") @ self.stream
+        tensor = self.read(name)
+        if name == "output_norm.weight":
+            return torch.ones_like(tensor)
+        if not name.startswith("blk."):
+            return tensor
+        layer, role = name.split(".")[1:3]
+        if role.endswith("norm"):
+            return tensor if role in ("attn_q_norm", "attn_k_norm") else torch.ones_like(tensor)
+        if role == "exp_probs_b":
+            return tensor
+        rows = self.rows(role)
+        if name.endswith(".bias"):
+            return tensor if rows is None else tensor @ rows
+        turned = tensor @ self.columns(layer, role)
+        return turned if rows is None else rows.T @ turned
+
+
+@pytest.mark.parametrize("name", [*DENSE_MODELS, *MODELS])
+def test_every_tensor_is_what_the_algebra_says(name, tmp_path):
+    source = model(name, tmp_path)
+    rotated = RotatedView(source, CONFIG)
+    algebra = Algebra(source, rotated)
+    assert set(rotated.names()) >= set(source.names())
+    for tensor in rotated.names():
+        assert difference(rotated.read(tensor), algebra.expected(tensor)) < EXACT, tensor
+
+
+def write_stats(source: Checkpoint, out: Path) -> Stats:
+    """Second moments of random vectors at every site that exists; experts have none yet."""
+    output, numbers = StageOutput(out, {"name": "calibrate"}), source.numbers
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    places: dict[tuple[int | None, str], int] = {(None, "output_in"): numbers.width}
+    for layer in range(numbers.layers):
+        readers = [one for one in source.family.linears if one.is_in(layer, numbers) and not one.expert]
+        places |= {(layer, one.reads): numbers.size(one.cols) for one in readers}
+    for (layer, site), size in places.items():
+        x = torch.randn(SAMPLES, size, generator=generator, dtype=torch.float64).exp()
+        moment = (x.T @ x / SAMPLES).float()
+        tensors[site_tensor(layer, site, "second_moment")] = moment
+        tensors[site_tensor(layer, site, "diagonal")] = moment.diagonal().clone()
+        tensors[site_tensor(layer, site, "count")] = torch.tensor([float(SAMPLES)])
+    output.write("all", tensors)
+    manifest = {key: value for key, value in source.carried().items() if key != "stages"}
+    output.finish(["all"], {**manifest, "kind": "stats", "calibration": {"tokens": SAMPLES}, "stages": [output.stage]})
+    return open_stats(out)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3moe", "deepseek2", "deepseek2-lite", "deepseek3"])
+def test_traces_stay_when_statistics_move(name, tmp_path):
+    source = model(name, tmp_path)
+    stats = write_stats(source, tmp_path / "stats")
+    rotated = rotate(source, tmp_path / "rotated", CONFIG, stats)
+    moved = open_stats(tmp_path / "rotated")
+    sites = set()
+    for weight in rotated.names():
+        linear = source.family.linear_of(weight)
+        if linear is None or linear.expert or not weight.endswith(".weight"):
+            continue
+        layer, site = int(weight.split(".")[1]), linear.reads
+        before, after = (found.second_moment(layer, site).double() for found in (stats, moved))
+        old, new = source.read_float(weight, torch.float64), rotated.read_float(weight, torch.float64)
+        # tr(W H W^T) is the energy of what the matrix writes, whatever the basis and the gain in front of it.
+        energy = torch.trace(old @ before @ old.T)
+        assert abs(torch.trace(new @ after @ new.T) / energy - 1) < STORED_F32, weight
+        norm = source.family.norm_making(site)
+        if norm is not None:  # a folded gain scales what is seen; a rotation alone keeps the trace
+            gain = source.read_float(f"blk.{layer}.{norm.role}.weight", torch.float64)
+            before = before / gain / gain[:, None]
+        assert abs(torch.trace(after) / torch.trace(before) - 1) < STORED_F32, weight
+        sites.add(site)
+    assert sites == {one.reads for one in source.family.linears if not one.expert and _exists(source, one.reads)}
+
+
+def _exists(source: Checkpoint, site: str) -> bool:
+    readers = (one for one in source.family.readers(site) if not one.expert)
+    return any(one.is_in(layer, source.numbers) for one in readers for layer in range(source.numbers.layers))
