@@ -50,7 +50,7 @@ bench-encoders: install-peer
 
 # rondel's files and llama-quantize's, judged by unmodified llama.cpp; writes README's table. Long: every type, all texts.
 bench-quality: install-peer
-	$(BIN)/python benchmarks/quality.py --windows $(WINDOWS) --write-readme
+	$(BIN)/python benchmarks/quality.py --like IQ2_M,Q3_K_M --windows $(WINDOWS) --write-readme
 
 lint: install
 	$(BIN)/ruff check .
