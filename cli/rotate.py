@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,38 @@ from rondel.cli.options import (
     TargetOption,
     ThreadsOption,
 )
+
+KindOption = Annotated[
+    Literal["hadamard", "orthogonal", "optrot", "dfrot"],
+    typer.Option(
+        "--kind",
+        metavar="hadamard|orthogonal|optrot|dfrot",
+        help="Of the fused rotations: random signs and a Hadamard matrix, random orthogonal ones, or that of the "
+        "residual stream optimized for the weights (optrot) or for the activations (dfrot, with --stats).",
+    ),
+]
+TriesOption = Annotated[
+    int,
+    typer.Option(
+        "--tries",
+        metavar="N",
+        min=1,
+        help="Seeds to choose from, --seed and the next ones. Judged by what rounding three layers to --type loses "
+        "with --stats, by the fourth powers of their weights without.",
+    ),
+]
+TypeOption = Annotated[
+    str, typer.Option("--type", metavar="TYPE", help="The format that --tries are judged by: Q4_0, Q2_K, U4, ...")
+]
+MassiveOption = Annotated[
+    Literal["keep", "weight", "ignore"],
+    typer.Option(
+        "--massive",
+        metavar="keep|weight|ignore",
+        help="What dfrot makes of tokens with one channel 100 times their mean magnitude: counts them like all others, "
+        "100 times, or not at all.",
+    ),
+]
 
 
 def rotate(
@@ -55,6 +87,10 @@ def rotate(
     nope: Annotated[
         bool, typer.Option(help="Turn what heads of latent attention hold without RoPE, where a model has it.")
     ] = True,
+    kind: KindOption = "hadamard",
+    tries: TriesOption = 1,
+    type_: TypeOption = "Q4_0",
+    massive: MassiveOption = "weight",
     seed: SeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -67,12 +103,15 @@ def rotate(
     """Change the basis of MODEL's weights so that they round better; its function stays.
 
     Randomized Hadamard rotations spread outliers over all channels. They help formats that know nothing of channels;
-    with an importance matrix, measure before you use them (`rondel eval`).
+    with an importance matrix, measure before you use them (`rondel eval`). The optimized kinds start from one: optrot
+    makes the fourth powers of the weights small and needs no data, dfrot the rounding error of activations on the text
+    of --stats. Their time grows with the cube of the width.
 
     Example:
 
     \b
       rondel rotate MODEL --stats calib/ -o rotated/
+      rondel rotate MODEL --stats calib/ --kind optrot --tries 4 --type Q2_K -o rotated/
     """
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import open_stats
@@ -86,7 +125,11 @@ def rotate(
         nope=nope,
         queries=int(queries) if queries.isdecimal() else queries,  # type: ignore[arg-type]  # likewise
         hidden=int(hidden) if hidden.isdecimal() else hidden,  # type: ignore[arg-type]  # the stage names a wrong word
+        kind=kind,
         seed=seed,
+        tries=tries,
+        type=type_,
+        massive=massive,
         target=target,
     )
     source = open_checkpoint(model)

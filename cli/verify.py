@@ -176,7 +176,28 @@ def verify_folder(path: Path, progress: Progress) -> tuple[dict[str, Any], list[
             failures.append(f"{info.name}: its bytes in {info.shard} differ from the manifest")
     progress(len(infos), len(infos), "verified")
     failures += _base(_record(manifest), {name: info.sha256 for name, info in infos.items()})
+    failures += _matrices(path, manifest)
     return {"tensors": len(infos), "bytes": stored, "hashes_compared": len(infos)}, failures
+
+
+def _matrices(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """A sentence for each matrix of a rotation that is not the one the manifest tells of."""
+    from rondel.converters.manifest import sha256_of_span, shard_spans
+    from rondel.converters.rotation import MATRICES, matrix_name
+
+    records = manifest.get("rotations")
+    hashes = {
+        matrix_name(index): record["sha256"]
+        for index, record in enumerate(records if isinstance(records, list) else [])
+        if isinstance(record, dict) and record.get("sha256") is not None
+    }
+    # Statistics tell of the basis too; the matrices lie beside the model's weights.
+    if not hashes or manifest.get("kind") != "checkpoint":
+        return []
+    file = path / f"{MATRICES}.safetensors"
+    spans = shard_spans(file)
+    wrong = [name for name in hashes if name not in spans or sha256_of_span(file, spans[name]) != hashes[name]]
+    return [f"{name}: its bytes in {file.name} differ from the manifest" for name in wrong]
 
 
 def _record(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from rondel.converters.family import (
     canonical_shapes,
     optional_shapes,
 )
-from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest
+from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest, read_tensor, sha256_of
 from rondel.converters.manifest import digest_of
-from rondel.converters.rotation import Rotation
+from rondel.converters.rotation import MATRICES, ORTHOGONAL, Rotation, matrix_name
 
 # What travels unchanged beside the tensors.
 SIDE_FILES = (
@@ -41,6 +41,7 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "README.md",  # the model card: its licence goes into the GGUF
+    f"{MATRICES}.safetensors",  # of the basis that the weights stand in
 )
 SIZES = ("vocabulary", "context", "width", "layers", "hidden", "heads", "kv_heads", "head_dim")
 
@@ -60,8 +61,12 @@ class Checkpoint(TensorFolder):
 
     @property
     def rotations(self) -> list[Rotation]:
-        """The changes of basis this model went through, in order."""
+        """The changes of basis this model went through, in order; without their matrices, where they have such."""
         return [Rotation.from_json(record) for record in self.manifest.get("rotations", [])]
+
+    def read_rotations(self) -> list[Rotation]:
+        """The changes of basis with their matrices, as they were applied."""
+        return read_rotations(self.root / f"{MATRICES}.safetensors", self.manifest.get("rotations", []))
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -116,6 +121,20 @@ def check_runs(source: Checkpoint, verb: str) -> None:
     """Refuse a family whose table says that its forward pass is not built yet; `verb` as in "quantized"."""
     if not source.family.runs:
         raise RondelError(f"{source.root}: {source.family.name} models can be rotated, but not {verb} yet")
+
+
+def read_rotations(path: Path, records: list[dict[str, Any]]) -> list[Rotation]:
+    """The rotations of a manifest's records, with their matrices out of the file `path`."""
+    made = []
+    for index, record in enumerate(records):
+        rotation = Rotation.from_json(record)
+        if rotation.kind == ORTHOGONAL:
+            matrix = read_tensor(path, matrix_name(index))
+            if sha256_of(matrix) != rotation.sha256:
+                raise RondelError(f"{path}: {matrix_name(index)} is not the one of the manifest; run rotate again")
+            rotation = replace(rotation, matrix=matrix)
+        made.append(rotation)
+    return made
 
 
 def _check(manifest: dict[str, Any], path: Path) -> None:

@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 FLOAT_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-PLAIN_FORMATS = FLOAT_FORMATS | {torch.int32: "I32"}  # I32: token ids, in statistics alone
+# I32: token ids, in statistics alone; F64: matrices of rotations, which no later stage computes with.
+PLAIN_FORMATS = FLOAT_FORMATS | {torch.int32: "I32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)

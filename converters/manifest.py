@@ -12,7 +12,7 @@ from rondel.converters.errors import RondelError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-PLAIN = ("F32", "F16", "BF16", "I32")  # stored as they are; every other format is blocks
+PLAIN = ("F32", "F16", "BF16", "I32", "F64")  # stored as they are; every other format is blocks
 HEADER_LIMIT = 100_000_000  # bytes: what the safetensors format allows a header to have
 CHUNK = 1 << 24  # bytes hashed at a time
 

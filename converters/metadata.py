@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.errors import RondelError
 from rondel.converters.family import Family, Hyperparameters
 from rondel.converters.ggml_types import FILE_TYPES
 from rondel.converters.gguf_keys import (
@@ -170,16 +169,17 @@ def rotation_keys(rotations: Sequence[Rotation]) -> dict[str, Value]:
         return {}
     keys: dict[str, Value] = {Rondel.ROTATION_COUNT: len(rotations)}
     for index, rotation in enumerate(rotations):
-        if rotation.kind != "hadamard":
-            raise RondelError(f"a rotation of kind {rotation.kind!r} cannot be exported yet; rotate with hadamard")
         fields: dict[str, Value] = {
             "site": rotation.site,
             "kind": rotation.kind,
             "online": rotation.online,
             "size": rotation.size,
             "block": rotation.block,
-            "signs": np.frombuffer(bytes.fromhex(rotation.signs), np.uint8),
         }
+        if rotation.sha256 is not None:
+            fields["sha256"] = rotation.sha256
+        else:
+            fields["signs"] = np.frombuffer(bytes.fromhex(rotation.signs), np.uint8)
         if rotation.layers is not None:
             fields["layers"] = np.array(rotation.layers, np.uint32)
         keys |= {Rondel.ROTATION.format(index=index, field=field): value for field, value in fields.items()}

@@ -19,31 +19,51 @@ Its site says which vectors turn, its size how many channels of them have a sign
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+HADAMARD, ORTHOGONAL = "hadamard", "orthogonal"
+MATRICES = "rotations"  # the shard of the matrices in a checkpoint's folder; it travels beside the tensors
+
+
+def matrix_name(index: int) -> str:
+    """The tensor that holds the matrix of a model's rotation `index`."""
+    return f"rotation.{index}"
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """x <- H (s o x) / sqrt(block) on each block of the channels of a site (formats.md, section 3).
+    """A map of the row vectors x at a site, block by block of their channels (formats.md, section 3).
 
-    `signs` holds one bit a channel, least significant first (1 = minus), as hexadecimal text.
+    hadamard: x <- H (s o x) / sqrt(block). `signs` holds s, one bit a channel, least significant first (1 = minus), as
+    hexadecimal text. orthogonal: x <- x M, with n matrices M for the size / block blocks, in equal runs. Only fused.
     """
 
     site: str  # "residual", "heads", "hidden", ...
-    kind: str  # "hadamard" or "orthogonal"
+    kind: str  # HADAMARD or ORTHOGONAL
     online: bool
     size: int  # channels of the site
     block: int  # block-diagonal where block < size
-    signs: str
+    signs: str = ""
     layers: tuple[int, ...] | None = None  # None: all
+    seed: int | None = None  # of the signs, or of the matrix that an optimised one started from
+    sha256: str | None = None  # of the matrices' bytes
+    matrix: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (n, block, block) float64, if read
 
     def to_json(self) -> dict[str, Any]:
-        """The record of the manifest."""
-        return asdict(self)
+        """The record of the manifest; a matrix is told by its hash."""
+        told = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "matrix"}
+        return told | {"layers": None if self.layers is None else list(self.layers)}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> Rotation:
-        """The record back from a manifest."""
+        """The record back from a manifest, without its matrix. Raises ValueError for one that cannot be."""
         layers = record.get("layers")
-        return Rotation(**{**record, "layers": None if layers is None else tuple(layers)})
+        rotation = Rotation(**{**record, "layers": None if layers is None else tuple(layers)})
+        dense = rotation.kind == ORTHOGONAL
+        if not (dense or rotation.kind == HADAMARD) or dense != (rotation.sha256 is not None):
+            raise ValueError(f"rotation of kind {rotation.kind!r}")
+        return rotation

@@ -12,7 +12,7 @@ from dataclasses import replace
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT, OUTPUT_NORM, Family, block_tensor
-from rondel.converters.rotation import Rotation
+from rondel.converters.rotation import ORTHOGONAL, Rotation
 from rondel.converters.stats import OUTPUT_IN
 from rondel.quant.hadamard import pack_signs, unpack_signs
 
@@ -49,6 +49,8 @@ def _site(rotations: list[Rotation], site: str) -> Rotation | None:
 def _shared_values(source: Checkpoint, heads: Rotation) -> Rotation:
     """The rotation of the value channels that the rotation of the heads implies: one query head of each group."""
     numbers = source.numbers
+    if heads.kind == ORTHOGONAL:
+        return replace(heads, site="values", size=numbers.size("values"))
     signs = unpack_signs(heads.signs, heads.size).reshape(numbers.kv_heads, -1, numbers.value_dim)[:, 0].flatten()
     return replace(heads, site="values", size=len(signs), signs=pack_signs(signs))
 

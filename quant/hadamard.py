@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from rondel.converters.rotation import Rotation
+from rondel.converters.rotation import ORTHOGONAL, Rotation
 
 # A base matrix is applied densely: its order is its cost in additions an element. Past this, blocks are better value.
 MAX_BASE_ORDER = 256
@@ -218,14 +218,28 @@ def unpack_signs(signs: str, size: int) -> torch.Tensor:
 
 
 def rotate_channels(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """H (s o x) / sqrt(block) on each block of the last axis, which holds the channels of the rotation's site."""
+    """The map that a record means, on the last axis of x, which holds the channels of the rotation's site."""
     assert x.shape[-1] == rotation.size, f"{x.shape[-1]} channels for a rotation of {rotation.size}"
+    if rotation.kind == ORTHOGONAL:
+        return _multiply(x, rotation)
     signs = unpack_signs(rotation.signs, rotation.size).to(x.dtype).to(x.device)
     return hadamard_transform(x * signs, rotation.block)
 
 
 def rotate_channels_back(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """The inverse of `rotate_channels`: s o (H^T x) / sqrt(block) on each block of the last axis."""
+    """The inverse of `rotate_channels`: s o (H^T x) / sqrt(block), or x M^T, on each block of the last axis."""
     assert x.shape[-1] == rotation.size, f"{x.shape[-1]} channels for a rotation of {rotation.size}"
+    if rotation.kind == ORTHOGONAL:
+        return _multiply(x, rotation, transposed=True)
     signs = unpack_signs(rotation.signs, rotation.size).to(x.dtype).to(x.device)
     return hadamard_transform(x, rotation.block, transposed=True) * signs
+
+
+def _multiply(x: torch.Tensor, rotation: Rotation, *, transposed: bool = False) -> torch.Tensor:
+    """x M or x M^T on each block, the blocks in equal runs of one matrix each."""
+    assert rotation.matrix is not None, f"the matrix of the rotation of {rotation.site} was not read"
+    matrix = (rotation.matrix.mT if transposed else rotation.matrix).to(x.device, x.dtype)
+    count, block, _ = matrix.shape
+    runs = x.reshape(-1, count, rotation.size // (count * block), block).transpose(0, 1)  # (n, rows, in a run, block)
+    turned = (runs.reshape(count, -1, block) @ matrix).reshape(runs.shape)
+    return turned.transpose(0, 1).reshape(x.shape)

@@ -22,7 +22,7 @@ from rondel.converters.family import OUTPUT, Hyperparameters, canonical_shapes, 
 from rondel.converters.folder import read_manifest
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
-from rondel.converters.rotation import Rotation
+from rondel.converters.rotation import HADAMARD, MATRICES, Rotation
 from rondel.converters.stats import MOVED, Stats
 from rondel.quant.fold import check_stream_is_rotatable, folded_norms, heads_are_rotatable
 from rondel.quant.hadamard import (
@@ -33,6 +33,7 @@ from rondel.quant.hadamard import (
     unpack_signs,
 )
 from rondel.quant.rotated_stats import MovedStats, check_movable
+from rondel.quant.rotation_search import RotationSearch, check_search, planned_kind
 from rondel.quant.rotator import Rotator
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import Workers, check_device
@@ -53,8 +54,11 @@ class RotateConfig:
     nope: bool = True  # what a head's query and key hold without RoPE, where they do
     queries: int | Literal["none", "full"] = "none"  # R3: block size of queries and keys; like R4
     hidden: int | Literal["none", "full"] = "none"  # R4: block size; executed by the runtime, target rondel only
-    kind: Literal["hadamard"] = "hadamard"
+    kind: Literal["hadamard", "orthogonal", "optrot", "dfrot"] = "hadamard"  # of the fused ones
     seed: int = 0
+    tries: int = 1  # seeds from `seed` on; the best is taken, by `type` with statistics, else by fourth powers
+    type: str = "Q4_0"  # the format that tries are judged by
+    massive: Literal["keep", "weight", "ignore"] = "weight"  # what dfrot makes of massive tokens
     target: Literal["llama.cpp", "rondel"] | None = None  # None: what an earlier stage fixed, else open
 
 
@@ -69,7 +73,7 @@ def resolved_target(source: Checkpoint, config: RotateConfig) -> str | None:
 
 
 def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
-    """The rotations that a config means for a model, in the order of application."""
+    """The Hadamards that a config means for a model, or starts from, in the order of application."""
     numbers, made = source.numbers, []
     if config.residual:
         made.append(_random("residual", numbers.width, largest_block(numbers.width), config.seed))
@@ -80,7 +84,8 @@ def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
         # The query heads of a group read the same value head, so they share its signs.
         signs = unpack_signs(values.signs, values.size).reshape(numbers.kv_heads, numbers.value_dim)
         shared = signs.repeat_interleave(numbers.heads // numbers.kv_heads, 0).flatten()
-        made.append(Rotation("heads", "hadamard", False, len(shared), values.block, pack_signs(shared)))
+        packed = pack_signs(shared)
+        made.append(Rotation("heads", HADAMARD, False, len(shared), values.block, packed, seed=config.seed))
     if numbers.latents:
         made += _latents(numbers, config)
     if config.queries != "none":
@@ -115,7 +120,7 @@ def hidden_sites(source: Checkpoint) -> dict[str, int]:
 
 
 def _random(site: str, size: int, block: int, seed: int, online: bool = False) -> Rotation:
-    return Rotation(site, "hadamard", online, size, block, random_signs(size, seed, site))
+    return Rotation(site, HADAMARD, online, size, block, random_signs(size, seed, site), seed=seed)
 
 
 def _check_family(source: Checkpoint, config: RotateConfig) -> None:
@@ -138,8 +143,6 @@ def _check_family(source: Checkpoint, config: RotateConfig) -> None:
 
 def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:
     """Check everything that can be refused, and return the rotations to apply."""
-    if config.kind != "hadamard":
-        raise RondelError(f"rotation kind {config.kind!r} is not known; expected hadamard")
     if source.rotations:
         sites = ", ".join(rotation.site for rotation in source.rotations)
         raise RondelError(f"{source.root}: is rotated already ({sites}); rotate the model it was made from")
@@ -152,9 +155,21 @@ def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = Non
     rotations = rotations_of(source, config)
     if not rotations:
         raise RondelError("nothing to rotate: every part of the model that could turn is left out")
+    check_search(source, config, stats, rotations)
     if stats is not None:
         check_movable(source, stats, rotations)
     return rotations
+
+
+def rotation_search(
+    source: Checkpoint, config: RotateConfig, stats: Stats | None, workers: Workers, device: str = "cpu"
+) -> RotationSearch:
+    """The search for the rotations to apply; `validate` has been called."""
+
+    def hadamards(seed: int) -> list[Rotation]:
+        return rotations_of(source, replace(config, seed=seed))
+
+    return RotationSearch(source, config, hadamards, stats, workers=workers, device=device)
 
 
 def _check_online(source: Checkpoint, config: RotateConfig) -> None:
@@ -189,7 +204,7 @@ def _check_block(what: str, size: int, block: int | str) -> None:
         raise RondelError(f"blocks of {block} do not divide the {size} {what}; choose a divisor or 'full'")
     if hadamard_plan(block) is None:
         raise RondelError(
-            f"there is no Hadamard matrix of order {block} (Sylvester and Paley); "
+            f"there is no Hadamard matrix of order {block} (Sylvester, Paley, Williamson); "
             f"the largest block of {size} channels is {largest_block(size)}"
         )
 
@@ -218,6 +233,8 @@ def plan(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -
         "rotations": [
             {
                 "site": rotation.site,
+                "kind": planned_kind(rotation, config),
+                "seed": config.seed,
                 "size": rotation.size,
                 "block": rotation.block,
                 "online": rotation.online,
@@ -228,6 +245,7 @@ def plan(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -
         "folded_norms": len(folded_norms(source, rotations)),
         "unties_head": unties_head(source, config),
         "moves_statistics": stats is not None,
+        "tries": config.tries,
         "tensors": len(names),
         "tensor_bytes": elements * FLOAT32_BYTES,
     }
@@ -255,16 +273,18 @@ def rotate(
     `stats` (full second moments of the unrotated model) move into the new basis and are written to `out`/stats, where
     quantize finds them. Raises RondelError for a rotated or quantized model and for what the family does not allow.
     """
-    rotations = validate(source, config, stats)
+    validate(source, config, stats)
     check_device(device)
     target = resolved_target(source, config)
     record = stage_record("rotate", config, source=source, stats=stats)
-    output = StageOutput(out, record, force=force, beside=(MOVED,))
+    output = StageOutput(out, record, force=force, beside=(MOVED, f"{MATRICES}.safetensors"))
     if output.finished:
         return Checkpoint(out, read_manifest(out))
     shards = _shards(source, config)
     total = len(shards) + (stats is not None)
     with Workers(threads) as workers:
+        found = rotation_search(source, config, stats, workers, device).kept(output, progress)
+        rotations = found.rotations
         rotator = Rotator(source, rotations, workers, device=device)
         for done, (shard, names) in enumerate(shards.items()):
             progress(done, total, shard)
@@ -283,6 +303,7 @@ def rotate(
         },
         **({"target": target} if target else {}),
         "rotations": [rotation.to_json() for rotation in rotations],
+        **({"rotation_search": found.told} if found.told else {}),
         "stages": [*source.stages, record],
     }
     output.finish(list(shards), manifest, source.side_files())

@@ -9,7 +9,8 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
-from rondel.quant.rotate import RotateConfig, unties_head, validate
+from rondel.converters.stats import Stats
+from rondel.quant.rotate import RotateConfig, rotation_search, unties_head, validate
 from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 
@@ -17,8 +18,10 @@ from rondel.quant.workers import Workers
 class RotatedView(Checkpoint):
     """`source` after the rotations of `config`, float64 tensors; the same function to 1e-10 of the largest logit."""
 
-    def __init__(self, source: Checkpoint, config: RotateConfig) -> None:
-        rotations = validate(source, config)
+    def __init__(self, source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> None:
+        validate(source, config, stats)
+        with Workers() as workers:
+            rotations = rotation_search(source, config, stats, workers).find().rotations
         tensors = dict(source.manifest["tensors"])
         if unties_head(source, config):
             tensors[OUTPUT] = tensors[source.head()]

@@ -115,8 +115,6 @@ def test_options_are_the_settings(verb: str) -> None:
     """Every key of a stage's dataclass is an option of its command, with the same default."""
     options_ = {parameter.name: parameter for parameter in load_command(verb).params}
     for field in dataclasses.fields(_sections()[verb]):
-        if (verb, field.name) == ("rotate", "kind"):
-            continue  # one choice is none
         option = options_[RENAMED.get(field.name, field.name)]
         empty = (None, (), [])
         assert option.default == field.default or (option.default in empty and field.default in empty), field.name

@@ -129,6 +129,26 @@ def test_verify_binds_copies_to_their_weights(model: Path, tmp_path: Path, quant
     assert of_file == (of_folder if quantized else []), "export to F16 changes the bytes, and nobody can tell"
 
 
+def test_matrices_of_rotations_are_shown_verified_and_run(model: Path, tmp_path: Path) -> None:
+    rotated, file = tmp_path / "rotated", tmp_path / "tiny.gguf"
+    done = rondel("rotate", model, "--kind", "orthogonal", "--tries", 2, "-o", rotated, "--quiet")
+    assert done.exit_code == 0, done.exception
+    records = json.loads(rondel("inspect", rotated, "--json").stdout)["rotations"]
+    assert [record["kind"] for record in records] == ["orthogonal", "orthogonal"]
+    for step in (["export", rotated, "-o", file], ["verify", file, "--manifest", rotated], ["verify", rotated]):
+        done = rondel(*step, "--quiet")
+        assert done.exit_code == 0, (step[0], done.exception)
+    shown = json.loads(rondel("inspect", file, "--json").stdout)["rotations"]
+    assert [one["sha256"] for one in shown] == [record["sha256"] for record in records]
+    assert rondel("run", file, "-p", "once", "-n", 2, "--quiet").exit_code == 0
+    # One bit of a matrix: the weights cannot be turned back with it.
+    stored = bytearray((rotated / "rotations.safetensors").read_bytes())
+    stored[-1] ^= 1
+    (rotated / "rotations.safetensors").write_bytes(stored)
+    done = rondel("verify", rotated)
+    assert "rotation.1: its bytes in rotations.safetensors differ" in str(done.exception)
+
+
 def test_a_type_that_export_cannot_make_names_the_command_that_can(model: Path, tmp_path: Path) -> None:
     done = rondel("export", model, "--type", "Q4_K", "-o", tmp_path / "x.gguf")
     assert isinstance(done.exception, RondelError)

@@ -255,6 +255,16 @@ def test_rotations_are_recorded_and_online_ones_need_rondel(tmp_path: Path) -> N
     assert (keys["rondel.rotation.1.online"], keys["rondel.rotation.1.layers"]) == (True, [1])
 
 
+def test_a_fused_matrix_is_told_by_its_hash_and_runs_everywhere(tmp_path: Path) -> None:
+    dense = Rotation("residual", "orthogonal", False, 64, 64, seed=3, sha256="0123456789abcdef" * 4)
+    source = quantized(tiny(tmp_path / "model"), tmp_path / "fused", "Q8_0", rotations=[dense.to_json()])
+    keys, _ = read(export(source, tmp_path / "f.gguf", ExportConfig())[0])
+    assert keys[General.ARCHITECTURE] == "llama"
+    found = {key.removeprefix("rondel.rotation.0."): keys[key] for key in keys if key.startswith("rondel.rotation.0.")}
+    told = {"site": "residual", "kind": "orthogonal", "online": False, "size": 64, "block": 64}
+    assert found == {**told, "sha256": dense.sha256}
+
+
 def test_replication_keys_have_their_exact_types(tmp_path: Path) -> None:
     record = {"version": [1, 0, 0], "strict": False, "step.layer": [0, 1], "step.pass": [0, 0], "step.kv": [0, -1]}
     record |= {"payload": "", "eval.nll_base": 1.5}

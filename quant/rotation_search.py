@@ -1,0 +1,187 @@
+"""Owns the search for a rotation: its kind, the best of several seeds by what rounding loses, and the optimizers.
+
+Everything starts from randomized Hadamards. A dense kind replaces those of its sites by matrices; online rotations and
+the sites that the kind does not reach stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rondel.converters.checkpoint import Checkpoint, read_rotations
+from rondel.converters.errors import RondelError
+from rondel.converters.output import StageOutput
+from rondel.converters.progress import Progress, silent
+from rondel.converters.rotation import HADAMARD, MATRICES, ORTHOGONAL, Rotation, matrix_name
+from rondel.converters.stats import Stats, site_tensor
+from rondel.native.formats import decode
+from rondel.quant import optrot, procrustes
+from rondel.quant.mixtures import fitting, format_named
+from rondel.quant.optrot import Optimized
+from rondel.quant.orthogonal import DENSE_SITES, dense_matrix, random_orthogonal, with_matrix
+from rondel.quant.output_error import output_error, sampled
+from rondel.quant.rotated_stats import MovedStats
+from rondel.quant.rotator import Rotator
+from rondel.quant.rounding import round_matrix, six_digits
+from rondel.quant.workers import Workers
+
+if TYPE_CHECKING:
+    from rondel.quant.rotate import RotateConfig
+
+OPTIMIZED = ("optrot", "dfrot")  # of the residual stream; the other sites keep their Hadamards
+KINDS = (HADAMARD, ORTHOGONAL, *OPTIMIZED)
+SAMPLED_EXPERTS = 4  # of a layer
+SAMPLED_ROWS = 256  # of a matrix: its error is then known to a few percent, and seeds differ by more
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rotations with their matrices, and what the manifest tells of the search."""
+
+    rotations: list[Rotation]
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def check_search(source: Checkpoint, config: RotateConfig, stats: Stats | None, rotations: list[Rotation]) -> None:
+    """Refuse settings that no search can follow; `rotations` are the Hadamards to start from."""
+    if config.kind not in KINDS:
+        raise RondelError(f"--kind {config.kind}: expected one of {', '.join(KINDS)}")
+    if config.tries < 1:
+        raise RondelError(f"--tries {config.tries}: expected a positive number")
+    if config.massive not in procrustes.MASSIVE_WEIGHTS:
+        known = ", ".join(procrustes.MASSIVE_WEIGHTS)
+        raise RondelError(f"--massive {config.massive}: expected one of {known}")
+    format_named(config.type)
+    if config.kind == HADAMARD:
+        return
+    online = [rotation.site for rotation in rotations if rotation.online]
+    dense = [site for site in online if config.kind == ORTHOGONAL or site == "boundary"]
+    if dense:
+        raise RondelError(
+            f"--kind {config.kind}: the rotation of {dense[0]} runs online, which only a Hadamard can; "
+            "leave it out, or use --kind hadamard"
+        )
+    if config.kind in OPTIMIZED and not any(rotation.site == "residual" for rotation in rotations):
+        raise RondelError(f"--kind {config.kind}: optimizes the rotation of the residual stream, which is left out")
+    if config.kind == "dfrot" and (stats is None or stats.windows() is None):
+        raise RondelError("--kind dfrot: needs text that the model can run on; use --stats with what calibrate wrote")
+
+
+def planned_kind(rotation: Rotation, config: RotateConfig) -> str:
+    """The kind that a rotation will have."""
+    dense = ("residual",) if config.kind in OPTIMIZED else DENSE_SITES if config.kind == ORTHOGONAL else ()
+    return ORTHOGONAL if rotation.site in dense else HADAMARD
+
+
+class RotationSearch:
+    """The search that `config` asks for; `hadamards` gives the randomized Hadamards of a seed.
+
+    Its result is the same for any number of threads. `check_search` has been called.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        config: RotateConfig,
+        hadamards: Callable[[int], list[Rotation]],
+        stats: Stats | None,
+        *,
+        workers: Workers,
+        device: str = "cpu",
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.stats = stats
+        self.workers = workers
+        self.device = device
+        self._hadamards = hadamards
+
+    def find(self, progress: Progress = silent) -> Found:
+        """The rotations, with their matrices where they are dense."""
+        told: dict[str, Any] = {}
+        seed = self.config.seed
+        if self.config.tries > 1:
+            scores = self._scores(progress)
+            seed = min(scores, key=lambda tried: (scores[tried], tried))
+            measure = "fourth powers" if self.stats is None else f"output error at {format_named(self.config.type)}"
+            tries = [{"seed": tried, "score": six_digits(score)} for tried, score in scores.items()]
+            told = {"seed": seed, "measure": measure, "tries": tries}
+        rotations = self._start(seed)
+        if self.config.kind not in OPTIMIZED:
+            return Found(rotations, told)
+        start = next(rotation for rotation in rotations if rotation.site == "residual")
+        best = self._optimized(start, progress)
+        told["objective"] = {"before": six_digits(best.before), "after": six_digits(best.after), "steps": best.steps}
+        turned = with_matrix(start, best.matrix[None])
+        return Found([turned if rotation is start else rotation for rotation in rotations], told)
+
+    def kept(self, output: StageOutput, progress: Progress = silent) -> Found:
+        """As `find`; matrices are written to `output`, and where an interrupted run left them, nothing is searched."""
+        if output.done(MATRICES):
+            left = output.result(MATRICES)
+            path = output.partial / f"{MATRICES}.safetensors"
+            return Found(read_rotations(path, left["rotations"]), left["told"])
+        found = self.find(progress)
+        dense = {i: rotation.matrix for i, rotation in enumerate(found.rotations) if rotation.matrix is not None}
+        if dense:
+            records = [rotation.to_json() for rotation in found.rotations]
+            matrices = {matrix_name(i): matrix for i, matrix in dense.items()}
+            output.write(MATRICES, matrices, {"rotations": records, "told": found.told})
+        return found
+
+    def _start(self, seed: int) -> list[Rotation]:
+        """The Hadamards of a seed, with random orthogonal matrices in the place of some where that is the kind."""
+        hadamards = self._hadamards(seed)
+        return [self._dense(one, seed) for one in hadamards] if self.config.kind == ORTHOGONAL else hadamards
+
+    def _dense(self, rotation: Rotation, seed: int) -> Rotation:
+        if rotation.site not in DENSE_SITES:
+            return rotation
+        numbers = self.source.numbers
+        # One matrix a key-value head: the query heads of its group read the same values.
+        count, block = (numbers.kv_heads, numbers.head_dim) if rotation.site == "heads" else (1, rotation.size)
+        return with_matrix(rotation, random_orthogonal(count, block, seed, rotation.site))
+
+    def _optimized(self, residual: Rotation, progress: Progress) -> Optimized:
+        start = dense_matrix(residual)
+        if self.config.kind == "optrot":
+            return optrot.optimize(optrot.weight_rows(self.source, residual), start, self.workers, progress)
+        windows = self.stats.windows() if self.stats else None
+        assert windows is not None
+        tokens = procrustes.normed_tokens(self.source, windows, self.workers, self.device)
+        return procrustes.optimize(tokens, start, self.config.massive, self.workers, progress)
+
+    def _scores(self, progress: Progress) -> dict[int, float]:
+        """What rounding loses behind the rotations that each seed starts from; less is better."""
+        scores: dict[int, float] = {}
+        for seed in range(self.config.seed, self.config.seed + self.config.tries):
+            progress(len(scores), self.config.tries, "seeds")
+            rotations = self._start(seed)
+            rotator = Rotator(self.source, rotations, self.workers, device=self.device)
+            moved = None if self.stats is None else MovedStats(self.source, self.stats, rotations, self.workers)
+            losses = list(self._losses(rotator, moved))
+            scores[seed] = sum(losses) / len(losses)
+        return scores
+
+    def _losses(self, rotator: Rotator, moved: MovedStats | None) -> Iterator[float]:
+        """For every matrix of three layers: the output error with statistics, else the fourth powers."""
+        family, layers = self.source.family, self.source.numbers.layers
+        for layer in sorted({0, layers // 2, layers - 1}):  # the ends differ most from the rest
+            for site in family.sites:
+                seen = {} if moved is None else moved.site(layer, site)
+                moment = seen.get(site_tensor(layer, site, "second_moment"))
+                for linear in family.readers(site):
+                    for name in list(linear.tensors(layer, self.source.numbers))[:SAMPLED_EXPERTS]:
+                        weights = rotator.tensor(name)
+                        yield optrot.fourth_powers(weights) if moment is None else self._error(name, weights, moment)
+
+    def _error(self, name: str, weights: torch.Tensor, moment: torch.Tensor) -> float:
+        """tr(E H E^T) / tr(W H W^T) for the error E of rounding some rows of W to nearest."""
+        rows = sampled(weights, SAMPLED_ROWS)
+        format = fitting(format_named(self.config.type), rows.shape[1])
+        packed = round_matrix(name, rows, format, None, self.workers.threads).packed
+        return output_error(rows, torch.from_numpy(decode(format, packed, *rows.shape)), moment, self.workers)
