@@ -10,7 +10,9 @@ import torch
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
 from rondel.converters.stats import Stats
-from rondel.quant.rotate import RotateConfig, rotation_search, unties_head, validate
+from rondel.quant.rotate_checks import validate
+from rondel.quant.rotate_config import RotateConfig, unties_head
+from rondel.quant.rotation_search import RotationSearch
 from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 
@@ -21,7 +23,7 @@ class RotatedView(Checkpoint):
     def __init__(self, source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> None:
         validate(source, config, stats)
         with Workers() as workers:
-            rotations = rotation_search(source, config, stats, workers).find().rotations
+            rotations = RotationSearch(source, config, stats, workers).find().rotations
         tensors = dict(source.manifest["tensors"])
         if unties_head(source, config):
             tensors[OUTPUT] = tensors[source.head()]

@@ -6,9 +6,9 @@ the sites that the kind does not reach stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,17 +20,16 @@ from rondel.converters.rotation import HADAMARD, MATRICES, ORTHOGONAL, Rotation,
 from rondel.converters.stats import Stats, site_tensor
 from rondel.native.formats import decode
 from rondel.quant import optrot, procrustes
+from rondel.quant.hadamard import hadamard_plan
 from rondel.quant.mixtures import fitting, format_named
 from rondel.quant.optrot import Optimized
 from rondel.quant.orthogonal import DENSE_SITES, dense_matrix, random_orthogonal, with_matrix
 from rondel.quant.output_error import output_error, sampled
+from rondel.quant.rotate_config import RotateConfig, rotations_of
 from rondel.quant.rotated_stats import MovedStats
 from rondel.quant.rotator import Rotator
 from rondel.quant.rounding import round_matrix, six_digits
 from rondel.quant.workers import Workers
-
-if TYPE_CHECKING:
-    from rondel.quant.rotate import RotateConfig
 
 OPTIMIZED = ("optrot", "dfrot")  # of the residual stream; the other sites keep their Hadamards
 KINDS = (HADAMARD, ORTHOGONAL, *OPTIMIZED)
@@ -71,34 +70,38 @@ def check_search(source: Checkpoint, config: RotateConfig, stats: Stats | None, 
         raise RondelError("--kind dfrot: needs text that the model can run on; use --stats with what calibrate wrote")
 
 
-def planned_kind(rotation: Rotation, config: RotateConfig) -> str:
-    """The kind that a rotation will have."""
+def planned(source: Checkpoint, config: RotateConfig, rotation: Rotation) -> dict[str, Any]:
+    """Kind, block and cost that the rotation in the place of a Hadamard will have."""
     dense = ("residual",) if config.kind in OPTIMIZED else DENSE_SITES if config.kind == ORTHOGONAL else ()
-    return ORTHOGONAL if rotation.site in dense else HADAMARD
+    if rotation.site in dense:
+        block = _dense_shape(source, rotation)[1]
+        return {"kind": ORTHOGONAL, "block": block, "additions_per_channel": block}
+    hadamard = hadamard_plan(rotation.block)
+    assert hadamard is not None
+    return {"kind": HADAMARD, "block": rotation.block, "additions_per_channel": hadamard.additions}
+
+
+def _dense_shape(source: Checkpoint, rotation: Rotation) -> tuple[int, int]:
+    """How many matrices a dense rotation has, of how many channels."""
+    # One matrix a key-value head: the query heads of its group read the same values.
+    numbers = source.numbers
+    return (numbers.kv_heads, numbers.value_dim) if rotation.site == "heads" else (1, rotation.size)
 
 
 class RotationSearch:
-    """The search that `config` asks for; `hadamards` gives the randomized Hadamards of a seed.
+    """The search that `config` asks for.
 
     Its result is the same for any number of threads. `check_search` has been called.
     """
 
     def __init__(
-        self,
-        source: Checkpoint,
-        config: RotateConfig,
-        hadamards: Callable[[int], list[Rotation]],
-        stats: Stats | None,
-        *,
-        workers: Workers,
-        device: str = "cpu",
+        self, source: Checkpoint, config: RotateConfig, stats: Stats | None, workers: Workers, device: str = "cpu"
     ) -> None:
         self.source = source
         self.config = config
         self.stats = stats
         self.workers = workers
         self.device = device
-        self._hadamards = hadamards
 
     def find(self, progress: Progress = silent) -> Found:
         """The rotations, with their matrices where they are dense."""
@@ -135,15 +138,13 @@ class RotationSearch:
 
     def _start(self, seed: int) -> list[Rotation]:
         """The Hadamards of a seed, with random orthogonal matrices in the place of some where that is the kind."""
-        hadamards = self._hadamards(seed)
+        hadamards = rotations_of(self.source, replace(self.config, seed=seed))
         return [self._dense(one, seed) for one in hadamards] if self.config.kind == ORTHOGONAL else hadamards
 
     def _dense(self, rotation: Rotation, seed: int) -> Rotation:
         if rotation.site not in DENSE_SITES:
             return rotation
-        numbers = self.source.numbers
-        # One matrix a key-value head: the query heads of its group read the same values.
-        count, block = (numbers.kv_heads, numbers.head_dim) if rotation.site == "heads" else (1, rotation.size)
+        count, block = _dense_shape(self.source, rotation)
         return with_matrix(rotation, random_orthogonal(count, block, seed, rotation.site))
 
     def _optimized(self, residual: Rotation, progress: Progress) -> Optimized:

@@ -102,6 +102,16 @@ def test_rotated_model_computes_the_same_function(name, which, models, tmp_path)
     assert not any(torch.equal(rotated.read(weight), source.read(weight)) for weight in changed)
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "optrot"])
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_rotations_keep_the_function(name, kind, models):
+    source = models[name]
+    expected, routes = sparse_logits(source, TOKENS)
+    got, chosen = sparse_logits(RotatedView(source, RotateConfig(kind=kind, tries=2)), TOKENS)
+    assert difference(got, expected) < EXACT
+    assert torch.equal(chosen, routes)
+
+
 def test_a_tied_head_keeps_its_basis(models):
     source = models["qwen3moe-tied"]
     view = RotatedView(source, RotateConfig(keep_tied=True, target="rondel"))

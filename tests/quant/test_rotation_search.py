@@ -179,6 +179,7 @@ def test_refusals(source: Checkpoint, stats: Stats) -> None:
 
     refused("expected one of hadamard, orthogonal, optrot, dfrot", kind="spin")
     refused("hidden runs online", kind="orthogonal", hidden="full", target="rondel")
+    refused("boundary runs online", kind="optrot", keep_tied=True, target="rondel")
     refused("residual stream, which is left out", kind="optrot", residual=False)
     refused("needs text", kind="dfrot")
     refused("--massive", massive="forget")
@@ -198,6 +199,7 @@ def test_plan_and_records_tell_the_kind(source: Checkpoint, tmp_path: Path) -> N
         ("residual", "orthogonal", 3),
         ("heads", "orthogonal", 3),
     ]
+    assert [one["block"] for one in told["rotations"]] == [96, 16]
     assert told["tries"] == 2
     record = rotate(source, tmp_path / "rotated", config).manifest["rotations"][0]
     assert (record["kind"], record["signs"], len(record["sha256"])) == ("orthogonal", "", 64)
