@@ -81,6 +81,9 @@ def rotate(
         bool,
         typer.Option("--keep-tied", help="Turn the ends of the residual stream while running; target rondel only."),
     ] = False,
+    rope_pairs: Annotated[
+        bool, typer.Option("--rope-pairs", help="Turn queries and keys inside RoPE's planes by random angles; fused.")
+    ] = False,
     latents: Annotated[
         bool, typer.Option(help="Turn the latents of latent attention, where a model has them; folds their norms.")
     ] = True,
@@ -123,6 +126,7 @@ def rotate(
         keep_tied=keep_tied,
         latents=latents,
         nope=nope,
+        rope_pairs=rope_pairs,
         queries=int(queries) if queries.isdecimal() else queries,  # type: ignore[arg-type]  # likewise
         hidden=int(hidden) if hidden.isdecimal() else hidden,  # type: ignore[arg-type]  # the stage names a wrong word
         kind=kind,

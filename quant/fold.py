@@ -67,6 +67,10 @@ def turned_sites(source: Checkpoint, rotations: list[Rotation]) -> dict[str, Rot
             turned[OUTPUT_IN] = rotation
         if rotation.site == "heads":
             turned["values"] = _shared_values(source, rotation)
+        if rotation.site == "rope_pairs":
+            turned["keys"] = rotation
+            # The matrix of a key head serves the query heads of its group.
+            turned["queries"] = replace(rotation, size=source.numbers.heads * source.numbers.rope_dim)
     return turned
 
 

@@ -9,6 +9,7 @@ from rondel.converters.rotation import Rotation
 from rondel.converters.stats import Stats
 from rondel.quant.fold import check_stream_is_rotatable, heads_are_rotatable
 from rondel.quant.hadamard import hadamard_plan, largest_block
+from rondel.quant.planes import check_planes
 from rondel.quant.rotate_config import RotateConfig, hidden_sites, resolved_target, rotations_of
 from rondel.quant.rotated_stats import check_movable
 from rondel.quant.rotation_search import check_search
@@ -30,6 +31,8 @@ def _check_family(source: Checkpoint, config: RotateConfig) -> None:
         check_stream_is_rotatable(family, "kv_latent")
     if config.heads and not heads_are_rotatable(family):
         raise RondelError(f"{family.name}: something stands between the values and attn_output; rotate without --heads")
+    if config.rope_pairs:
+        check_planes(source)
 
 
 def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:

@@ -10,6 +10,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT, Hyperparameters
 from rondel.converters.rotation import HADAMARD, Rotation
 from rondel.quant.hadamard import largest_block, pack_signs, random_signs, unpack_signs
+from rondel.quant.planes import plane_rotation
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RotateConfig:
     heads: bool = True  # R2: the channels of each key-value head, between v and o
     latents: bool = True  # of the queries and of keys and values, where attention has them; folds their norms
     nope: bool = True  # what a head's query and key hold without RoPE, where they do
+    rope_pairs: bool = False  # the planes of RoPE in queries and keys, by random angles; fused
     queries: int | Literal["none", "full"] = "none"  # R3: block size of queries and keys; like R4
     hidden: int | Literal["none", "full"] = "none"  # R4: block size; executed by the runtime, target rondel only
     kind: Literal["hadamard", "orthogonal", "optrot", "dfrot"] = "hadamard"  # of the fused ones
@@ -42,7 +44,7 @@ def resolved_target(source: Checkpoint, config: RotateConfig) -> str | None:
 
 
 def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
-    """The Hadamards that a config means for a model, or starts from, in the order of application."""
+    """The Hadamards that a config means for a model, or starts from, and RoPE's planes; in the order of application."""
     numbers, made = source.numbers, []
     if config.residual:
         made.append(_random("residual", numbers.width, largest_block(numbers.width), config.seed))
@@ -57,6 +59,8 @@ def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
         made.append(Rotation("heads", HADAMARD, False, len(shared), values.block, packed, seed=config.seed))
     if numbers.latents:
         made += _latents(numbers, config)
+    if config.rope_pairs:
+        made.append(plane_rotation(source, config.seed))
     if config.queries != "none":
         block = _block(numbers.head_dim, config.queries)
         made.append(_random("queries", numbers.head_dim, block, config.seed, online=True))

@@ -9,6 +9,7 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
+from rondel.converters.rotation import Rotation
 from rondel.converters.stats import Stats
 from rondel.quant.rotate_checks import validate
 from rondel.quant.rotate_config import RotateConfig, unties_head
@@ -32,6 +33,10 @@ class RotatedView(Checkpoint):
         changes = {"tensors": tensors, "rotations": records, "hyperparameters": numbers}
         super().__init__(source.root, {**source.manifest, **changes})
         self._view_of, self._applied = source, rotations
+
+    def read_rotations(self) -> list[Rotation]:
+        """The changes of basis with their matrices."""
+        return self._applied
 
     def read(self, name: str) -> torch.Tensor:
         """A rotated tensor, float64."""

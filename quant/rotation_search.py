@@ -76,6 +76,8 @@ def planned(source: Checkpoint, config: RotateConfig, rotation: Rotation) -> dic
     if rotation.site in dense:
         block = _dense_shape(source, rotation)[1]
         return {"kind": ORTHOGONAL, "block": block, "additions_per_channel": block}
+    if rotation.kind == ORTHOGONAL:  # a pair of channels becomes another
+        return {"kind": ORTHOGONAL, "block": rotation.block, "additions_per_channel": 1}
     hadamard = hadamard_plan(rotation.block)
     assert hadamard is not None
     return {"kind": HADAMARD, "block": rotation.block, "additions_per_channel": hadamard.additions}

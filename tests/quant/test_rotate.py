@@ -53,6 +53,7 @@ ROTATIONS = {
     "heads": RotateConfig(residual=False),
     "hidden": RotateConfig(residual=False, heads=False, hidden="full", target="rondel"),
     "queries": RotateConfig(residual=False, heads=False, queries=8, target="rondel"),
+    "rope_pairs": RotateConfig(residual=False, heads=False, rope_pairs=True),
     "all": RotateConfig(hidden=4, queries="full", target="rondel", seed=3),
 }
 TOKENS = torch.randint(0, 288, (24,), generator=torch.Generator().manual_seed(5))
@@ -89,13 +90,18 @@ def rotated_weights(source: Checkpoint, rotation: str) -> list[str]:
         "heads": ["attn_v", "attn_output"],
         "hidden": ["ffn_down"],
         "queries": [],
+        "rope_pairs": ["attn_q", "attn_k"],
     }
-    wanted = roles[rotation] if rotation in roles else sorted({role for some in roles.values() for role in some})
+    fused = {role for which, some in roles.items() if which != "rope_pairs" for role in some}
+    wanted = roles[rotation] if rotation in roles else sorted(fused)
     return [block_tensor(layer, role) for layer in range(source.numbers.layers) for role in wanted]
 
 
-@pytest.mark.parametrize("rotation", ROTATIONS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "rotation"),
+    # Qwen3's norms in front of RoPE allow no rotation of its pairs.
+    [(name, which) for name in MODELS for which in ROTATIONS if which != "rope_pairs" or "qwen3" not in name],
+)
 def test_rotated_model_computes_the_same_function(name, rotation, tmp_path):
     source, config = model(name, tmp_path), ROTATIONS[rotation]
     expected = reference_logits(source, TOKENS)
@@ -157,6 +163,26 @@ def test_a_tied_head_keeps_its_basis(tmp_path):
         records = [fused.to_json(), *(record.to_json() for record in forgotten)]
         spoiled = Patched(rotated, {}, rotations=records)
         assert difference(reference_logits(spoiled, TOKENS), expected) > BROKEN
+
+
+def test_even_norms_allow_rotations_of_pairs(tmp_path):
+    """Qwen3's norms in front of RoPE commute with a plane's rotation where its two gains are equal, and only there."""
+    source, config = model("qwen3", tmp_path), ROTATIONS["rope_pairs"]
+    with pytest.raises(RondelError, match=r"attn_q_norm\.weight differs between the two channels of a RoPE pair"):
+        rotate(source, tmp_path / "out", config)
+    names = [block_tensor(layer, f"attn_{which}_norm") for layer in range(2) for which in "qk"]
+    even = Patched(source, {name: source.read(name)[:12].repeat(2) for name in names})
+    expected = reference_logits(even, TOKENS)
+    view = RotatedView(even, config)
+    assert difference(reference_logits(view, TOKENS), expected) < EXACT
+    # Angles of another key head: the queries of a group must turn with the key that they meet.
+    (record,) = view.read_rotations()
+    other = dataclasses.replace(record, matrix=record.matrix.flip(0), site="rope_pairs")
+    with Workers(1) as workers:
+        rotator = Rotator(even, [other], workers, dtype=torch.float64)
+        wrong = {name: rotator.tensor(name) for name in (block_tensor(layer, "attn_k") for layer in range(2))}
+    tensors = {name: view.read(name) for name in view.names()}
+    assert difference(reference_logits(Patched(view, tensors | wrong), TOKENS), expected) > BROKEN
 
 
 def test_queries_and_keys_turn_alike(tmp_path):

@@ -34,6 +34,7 @@ ROTATIONS = {
     "heads": replace(NOTHING, heads=True),
     "latents": replace(NOTHING, latents=True),
     "nope": replace(NOTHING, nope=True),
+    "rope_pairs": replace(NOTHING, rope_pairs=True),
     "hidden": replace(NOTHING, hidden="full"),
     "all": RotateConfig(hidden=8, seed=3, target="rondel"),
 }
@@ -54,6 +55,7 @@ CHANGED = {
     "heads": ["attn_v", "attn_kv_b", "attn_output"],
     "latents": ["attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"],
     "nope": ["attn_q", "attn_q_b", "attn_kv_b"],
+    "rope_pairs": ["attn_q", "attn_q_b", "attn_kv_a_mqa"],
     "hidden": ["ffn_down", "ffn_down_exps.0", "ffn_down_exps.5", "ffn_down_shexp"],
 }
 
@@ -79,7 +81,7 @@ def test_the_oracle_computes_what_transformers_computes(name, models):
 
 def cases() -> list[tuple[str, str]]:
     """Models and the placements that they have."""
-    latent = ("latents", "nope")
+    latent = ("latents", "nope", "rope_pairs")  # Qwen3 has norms in front of RoPE
     return [(name, which) for name in MODELS for which in ROTATIONS if "deepseek" in name or which not in latent]
 
 
@@ -95,6 +97,8 @@ def test_rotated_model_computes_the_same_function(name, which, models, tmp_path)
     assert difference(got, expected) < STORED_F32
     assert torch.equal(chosen, routes)
     assert difference(sparse_logits(rotated, TOKENS, torch.float32)[0], expected) < FLOAT32
+    if which == "rope_pairs":
+        assert rotated.read_rotations()[0].matrix is not None
     roles = CHANGED.get(which) or sorted({role for some in CHANGED.values() for role in some})
     names = [f"blk.{layer}.{role}.weight" for layer in range(3) for role in roles]
     changed = [weight for weight in names if weight in source]

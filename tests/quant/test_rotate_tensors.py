@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from tests.quant.test_rotate import model as dense_model
 from tests.tiny_sparse import MODELS, tiny_sparse_model
 
 CONFIG = RotateConfig(hidden="full", seed=9, target="rondel")
+UNNORMED = ("llama", "qwen2", "deepseek2", "deepseek2-lite", "deepseek3")  # nothing between q or k and RoPE
+HIDDEN = {"hidden": "hidden", "hidden_experts": "expert_hidden", "hidden_shared": "shared_hidden"}  # their sizes
 SAMPLES = 400  # random vectors behind the second moments
 
 
@@ -33,7 +36,7 @@ class Algebra:
         self.source, self.numbers = source, source.numbers
         self.dense = {
             found.site: rotate_channels(torch.eye(found.size, dtype=torch.float64), found)
-            for found in rotated.rotations
+            for found in rotated.read_rotations()
         }
         self.stream, self.heads = self.dense["residual"], self.dense["heads"]
 
@@ -46,14 +49,22 @@ class Algebra:
         starts = range(0, self.numbers.heads * size, group * size)
         return torch.block_diag(*(self.heads[first : first + size, first : first + size] for first in starts))
 
-    def blocks(self, first: str | None, first_size: int, second: str | None, second_size: int) -> torch.Tensor:
-        """Of heads that hold two parts in turn, each the block that a site has for the head, or the identity."""
+    def queries(self) -> torch.Tensor | None:
+        """Of the query heads' RoPE: that of the key head which each of them meets."""
+        planes, size = self.dense.get("rope_pairs"), self.numbers.rope_dim
+        if planes is None:
+            return None
+        group = self.numbers.heads // self.numbers.key_heads
+        starts = [head // group * size for head in range(self.numbers.heads)]
+        return torch.block_diag(*(planes[first : first + size, first : first + size] for first in starts))
+
+    def blocks(self, first: torch.Tensor | None, size: int, second: torch.Tensor | None, other: int) -> torch.Tensor:
+        """Of heads that hold two parts in turn, each the block that its site has for the head, or the identity."""
         made = []
         for head in range(self.numbers.heads):
-            for site, size in ((first, first_size), (second, second_size)):
-                part = slice(head * size, (head + 1) * size)
-                found = self.values() if site == "values" else self.dense[site] if site else None
-                made.append(torch.eye(size, dtype=torch.float64) if found is None else found[part, part])
+            for found, width in ((first, size), (second, other)):
+                part = slice(head * width, (head + 1) * width)
+                made.append(torch.eye(width, dtype=torch.float64) if found is None else found[part, part])
         return torch.block_diag(*made)
 
     def rows(self, role: str) -> torch.Tensor | None:
@@ -63,11 +74,16 @@ class Algebra:
         if role == "attn_v":
             return self.values()
         if latents and role in ("attn_q", "attn_q_b"):
-            return self.blocks("nope", latents.nope, None, latents.rope)
+            return self.blocks(self.dense["nope"], latents.nope, self.queries(), latents.rope)
         if latents and role == "attn_kv_b":
-            return self.blocks("nope", latents.nope, "values", latents.values)
+            return self.blocks(self.dense["nope"], latents.nope, self.values(), latents.values)
         if latents and role == "attn_kv_a_mqa":
-            return torch.block_diag(self.dense["kv_latent"], torch.eye(latents.rope, dtype=torch.float64))
+            keys = self.dense.get("rope_pairs", torch.eye(latents.rope, dtype=torch.float64))
+            return torch.block_diag(self.dense["kv_latent"], keys)
+        if role == "attn_q":
+            return self.queries()
+        if role == "attn_k":
+            return self.dense.get("rope_pairs")
         return self.dense["q_latent"] if role == "attn_q_a" else None
 
     def columns(self, layer: str, role: str) -> torch.Tensor:
@@ -76,7 +92,7 @@ class Algebra:
             return self.heads
         if "_down" in role:
             hidden = {"exps": "hidden_experts", "shexp": "hidden_shared"}.get(role.rpartition("_")[2], "hidden")
-            return self.dense[hidden]
+            return self.dense.get(hidden, torch.eye(self.numbers.size(HIDDEN[hidden]), dtype=torch.float64))
         norm, site = {
             "attn_q_b": ("attn_q_a_norm", "q_latent"),
             "attn_kv_b": ("attn_kv_a_norm", "kv_latent"),
@@ -105,10 +121,19 @@ class Algebra:
         return turned if rows is None else rows.T @ turned
 
 
-@pytest.mark.parametrize("name", [*DENSE_MODELS, *MODELS])
-def test_every_tensor_is_what_the_algebra_says(name, tmp_path):
+ORTHOGONAL = RotateConfig(kind="orthogonal", seed=9, target="rondel")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *((name, replace(CONFIG, rope_pairs=name in UNNORMED)) for name in (*DENSE_MODELS, *MODELS)),
+        *((name, ORTHOGONAL) for name in ("qwen3", "deepseek3")),
+    ],
+)
+def test_every_tensor_is_what_the_algebra_says(name, config, tmp_path):
     source = model(name, tmp_path)
-    rotated = RotatedView(source, CONFIG)
+    rotated = RotatedView(source, config)
     algebra = Algebra(source, rotated)
     assert set(rotated.names()) >= set(source.names())
     for tensor in rotated.names():
