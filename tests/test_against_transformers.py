@@ -11,6 +11,7 @@ import torch
 from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.export import ExportConfig, export
 from rondel.native import Model, Session
+from rondel.quant.rotate import RotateConfig, rotate
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,22 @@ def test_demo_model_has_transformers_logits(tmp_path: Path) -> None:
     gguf = export_f32(DEMO, tmp_path / "demo.gguf")
     tokens = np.random.default_rng(2).integers(0, 2048, 200).tolist()
     assert_like_transformers(DEMO, gguf, tokens)
+
+
+ROTATED = {
+    "fused": ("llama", {"attention_bias": True}, RotateConfig(rope_pairs=True)),
+    "orthogonal": ("qwen3", {}, RotateConfig(kind="orthogonal")),
+    "online": ("qwen2", {"hidden": 96}, RotateConfig(hidden=32, queries="full", target="rondel")),
+    "tied": ("qwen3", {"tied": True}, RotateConfig(keep_tied=True, queries=8, target="rondel")),
+}
+
+
+@pytest.mark.parametrize("which", ROTATED)
+def test_rotated_models_have_the_logits_of_the_plain_one(which: str, tmp_path: Path) -> None:
+    """From a Hugging Face folder through rotate and export to the runtime, which turns what runs online."""
+    family, settings, config = ROTATED[which]
+    folder = tiny_model(family, tmp_path / "model", seed=7, **settings)
+    rotated = rotate(open_checkpoint(folder), tmp_path / "rotated", config)
+    gguf = export_f32(rotated.root, tmp_path / "model.gguf")
+    tokens = np.random.default_rng(1).integers(0, Model(gguf).vocabulary, 40).tolist()
+    assert_like_transformers(folder, gguf, tokens)
