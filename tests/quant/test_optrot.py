@@ -122,7 +122,8 @@ def test_rows_are_those_that_the_rotation_turns(tied: bool, tmp_path: Path, monk
         linear = source.family.linear_of(name)
         if name in (EMBEDDING, OUTPUT) or linear is not None:
             weight = rotated.read_float(name)
-            weights.append(weight.T if linear and linear.writes == "residual" else weight)
+            vectors = weight.T if linear and linear.writes == "residual" else weight
+            weights.append(vectors / vectors.square().mean().sqrt())
     assert torch.allclose(rotate_channels(rows, record), torch.cat(weights), rtol=0, atol=FLOAT32_SUMS)
     # Thinned out, they are every third row, across the matrices.
     monkeypatch.setattr(optrot, "FEWEST_ROWS", len(rows) // 3)
