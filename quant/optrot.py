@@ -58,14 +58,6 @@ def _stream_matrices(source: Checkpoint, residual: Rotation) -> Iterator[tuple[s
             yield name, None, True
 
 
-def _stream_vectors(source: Checkpoint, name: str, gain: str | None, writes: bool) -> torch.Tensor:
-    """The rows of a reader or the columns of a writer, as vectors of the stream (n, d) float64 of mean square one."""
-    weight = source.read_float(name, torch.float64)
-    rows = weight.T if writes else weight if gain is None else weight * source.read_float(gain, torch.float64)
-    size = float(rows.square().mean().sqrt())
-    return rows / size if size > 0 else rows
-
-
 def weight_rows(source: Checkpoint, residual: Rotation) -> torch.Tensor:
     """Rows of all matrices that a rotation of the residual stream turns, (n, d) float32: an even selection of them."""
     width = source.numbers.width
@@ -74,9 +66,14 @@ def weight_rows(source: Checkpoint, residual: Rotation) -> torch.Tensor:
     stride = max(1, total // max(FEWEST_ROWS, ROWS_PER_CHANNEL * width))
     kept, passed = [], 0
     for name, gain, writes in matrices:
-        rows = _stream_vectors(source, name, gain, writes)
-        kept.append(rows[-passed % stride :: stride].to(torch.float32))
-        passed += len(rows)
+        weight = source.read(name)
+        vectors = weight.T if writes else weight
+        rows = vectors[-passed % stride :: stride].to(torch.float64)
+        passed += len(vectors)
+        if gain is not None:
+            rows = rows * source.read_float(gain, torch.float64)
+        size = float(rows.square().mean().sqrt()) if len(rows) else 0.0
+        kept.append((rows / size if size > 0 else rows).to(torch.float32))
     return torch.cat(kept)
 
 
