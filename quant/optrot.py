@@ -21,6 +21,7 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.rotation import Rotation
 from rondel.quant.fold import folded_gain, place_of_reader, turned_sites
 from rondel.quant.orthogonal import orthonormalized
+from rondel.quant.rotator import Rotator
 from rondel.quant.workers import Workers
 
 # Eight rows a column of R leave little to fit by chance; more rows cost time and change the result by a percent.
@@ -46,27 +47,33 @@ class Optimized:
 
 
 def _stream_matrices(source: Checkpoint, residual: Rotation) -> Iterator[tuple[str, str | None, bool]]:
-    """Every matrix that reads or writes the residual stream: its tensor, the gain it folds in, whether it writes."""
+    """Every matrix that reads or writes the residual stream, the gain it folds in, and whether it writes."""
     turned = turned_sites(source, [residual])
     for name in dict.fromkeys([*source.names(), OUTPUT]):
         linear, place = source.family.linear_of(name), place_of_reader(source, name)
         if name == EMBEDDING:
             yield name, None, False
         elif place is not None and place[1] in turned:
-            yield (name if name in source else source.head()), folded_gain(source, [residual], *place), False
+            yield name, folded_gain(source, [residual], *place), False
         elif linear is not None and linear.writes == residual.site and name.endswith(".weight"):
             yield name, None, True
 
 
-def weight_rows(source: Checkpoint, residual: Rotation) -> torch.Tensor:
-    """Rows of all matrices that a rotation of the residual stream turns, (n, d) float32: an even selection of them."""
+def weight_rows(source: Checkpoint, rotations: list[Rotation], workers: Workers) -> torch.Tensor:
+    """Rows of all matrices that the rotation of the residual stream turns, (n, d) float32: an even selection of them.
+
+    They stand as the other rotations leave them, which turn the other side of some.
+    """
+    residual = next(rotation for rotation in rotations if rotation.site == "residual")
+    rotator = Rotator(source, [rotation for rotation in rotations if rotation is not residual], workers)
     width = source.numbers.width
     matrices = list(_stream_matrices(source, residual))
-    total = sum(math.prod(source.info(name).shape) // width for name, _, _ in matrices)
+    stored = [name if name in source else source.head() for name, _, _ in matrices]
+    total = sum(math.prod(source.info(name).shape) // width for name in stored)
     stride = max(1, total // max(FEWEST_ROWS, ROWS_PER_CHANNEL * width))
     kept, passed = [], 0
     for name, gain, writes in matrices:
-        weight = source.read(name)
+        weight = rotator.tensor(name)
         vectors = weight.T if writes else weight
         rows = vectors[-passed % stride :: stride].to(torch.float64)
         passed += len(vectors)

@@ -119,7 +119,7 @@ class RotationSearch:
         if self.config.kind not in OPTIMIZED:
             return Found(rotations, told)
         start = next(rotation for rotation in rotations if rotation.site == "residual")
-        best = self._optimized(start, progress)
+        best = self._optimized(rotations, dense_matrix(start), progress)
         told["objective"] = {"before": six_digits(best.before), "after": six_digits(best.after), "steps": best.steps}
         turned = with_matrix(start, best.matrix[None])
         return Found([turned if rotation is start else rotation for rotation in rotations], told)
@@ -149,10 +149,10 @@ class RotationSearch:
         count, block = _dense_shape(self.source, rotation)
         return with_matrix(rotation, random_orthogonal(count, block, seed, rotation.site))
 
-    def _optimized(self, residual: Rotation, progress: Progress) -> Optimized:
-        start = dense_matrix(residual)
+    def _optimized(self, rotations: list[Rotation], start: torch.Tensor, progress: Progress) -> Optimized:
         if self.config.kind == "optrot":
-            return optrot.optimize(optrot.weight_rows(self.source, residual), start, self.workers, progress)
+            rows = optrot.weight_rows(self.source, rotations, self.workers)
+            return optrot.optimize(rows, start, self.workers, progress)
         windows = self.stats.windows() if self.stats else None
         assert windows is not None
         tokens = procrustes.normed_tokens(self.source, windows, self.workers, self.device)

@@ -115,9 +115,8 @@ def test_threads_do_not_change_a_bit():
 def test_rows_are_those_that_the_rotation_turns(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The rows in the rotated basis are the rotated model's: their fourth powers are those that rounding will see."""
     source = open_checkpoint(tiny_model("qwen3", tmp_path / "model", tied=tied))
-    rotated = RotatedView(source, RotateConfig(heads=False))
-    (record,) = rotated.rotations
-    rows = weight_rows(source, record)
+    rotated = RotatedView(source, RotateConfig(hidden="full", target="rondel"))
+    residual, *_ = rotations = rotated.rotations
     weights = []
     for name in dict.fromkeys([*source.names(), OUTPUT]):
         linear = source.family.linear_of(name)
@@ -125,9 +124,11 @@ def test_rows_are_those_that_the_rotation_turns(tied: bool, tmp_path: Path, monk
             weight = rotated.read_float(name)
             vectors = weight.T if linear and linear.writes == "residual" else weight
             weights.append(vectors / vectors.square().mean().sqrt())
-    assert torch.allclose(rotate_channels(rows, record), torch.cat(weights), rtol=0, atol=FLOAT32_SUMS)
-    # Thinned out, they are every third row, across the matrices.
-    monkeypatch.setattr(optrot, "FEWEST_ROWS", len(rows) // 3)
-    monkeypatch.setattr(optrot, "ROWS_PER_CHANNEL", 1)
-    third = weight_rows(source, record)
+    with Workers(1) as workers:
+        rows = weight_rows(source, rotations, workers)
+        # Thinned out, they are every third row, across the matrices.
+        monkeypatch.setattr(optrot, "FEWEST_ROWS", len(rows) // 3)
+        monkeypatch.setattr(optrot, "ROWS_PER_CHANNEL", 1)
+        third = weight_rows(source, rotations, workers)
+    assert torch.allclose(rotate_channels(rows, residual), torch.cat(weights), rtol=0, atol=FLOAT32_SUMS)
     assert torch.allclose(normalize(third), normalize(rows[::3]), rtol=0, atol=FLOAT32_SUMS)

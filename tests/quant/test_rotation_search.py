@@ -81,6 +81,16 @@ def test_the_function_stays(kind: str, source: Checkpoint, stats: Stats, tmp_pat
     assert difference(back, source.read_float("token_embd.weight", torch.float64)) < STORED_F32
 
 
+@pytest.mark.parametrize("kind", ["optrot", "dfrot"])
+def test_an_optimized_stream_and_a_hidden_layer_that_turns_online(
+    kind: str, source: Checkpoint, stats: Stats, tmp_path: Path
+) -> None:
+    config = RotateConfig(kind=kind, hidden="full", queries="full", target="rondel")
+    rotated = rotate(source, tmp_path / "rotated", config, stats)
+    assert difference(reference_logits(rotated, TOKENS), reference_logits(source, TOKENS)) < STORED_F32
+    assert [one.online for one in rotated.rotations] == [False, False, True, True]
+
+
 def test_query_heads_share_the_matrix_of_their_values(source: Checkpoint, tmp_path: Path) -> None:
     rotated = rotate(source, tmp_path / "rotated", RotateConfig(kind="orthogonal", residual=False))
     (heads,) = rotated.read_rotations()
