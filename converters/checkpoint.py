@@ -26,7 +26,7 @@ from rondel.converters.family import (
 )
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest, read_tensor, sha256_of
 from rondel.converters.manifest import digest_of
-from rondel.converters.rotation import MATRICES, ORTHOGONAL, Rotation, matrix_name
+from rondel.converters.rotation import MATRICES, ORTHOGONAL, Rotation, matrix_name, site_size
 
 # What travels unchanged beside the tensors.
 SIDE_FILES = (
@@ -151,7 +151,9 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
         if numbers.experts and not 0 < numbers.experts.count <= len(manifest["tensors"]):
             raise ValueError(f"{numbers.experts.count} experts")
         for record in manifest.get("rotations", []):
-            Rotation.from_json(record)
+            rotation = Rotation.from_json(record)
+            if rotation.size != site_size(numbers, rotation.site):
+                raise ValueError(f"rotation of {rotation.size} channels of {rotation.site}")
         shapes = canonical_shapes(family, replace(numbers, tied=True))
     except (KeyError, TypeError, ValueError) as error:
         raise RondelError(f"{damaged} ({error!r})") from error

@@ -116,6 +116,7 @@ class Hyperparameters:
             "values": self.kv_heads * self.value_dim,
             "attended": self.heads * self.value_dim,
             "head_dim": self.head_dim,
+            "rope_of_keys": self.key_heads * self.rope_dim,
             "vocabulary": self.vocabulary,
         }
         if experts := self.experts:
@@ -129,6 +130,7 @@ class Hyperparameters:
                 "kv_latent_and_rope": latents.keys_values + latents.rope,
                 "nope_and_values": self.heads * (latents.nope + latents.values),
                 "nope": latents.nope,
+                "nope_of_heads": self.heads * latents.nope,
                 "rope": latents.rope,
                 "value": latents.values,
             }

@@ -22,6 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from rondel.converters.family import Hyperparameters
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,4 +68,28 @@ class Rotation:
         dense = rotation.kind == ORTHOGONAL
         if not (dense or rotation.kind == HADAMARD) or dense != (rotation.sha256 is not None):
             raise ValueError(f"rotation of kind {rotation.kind!r}")
+        if rotation.block < 1 or rotation.size % rotation.block:
+            raise ValueError(f"rotation of {rotation.size} channels in blocks of {rotation.block}")
+        if len(bytes.fromhex(rotation.signs)) != (0 if dense else (rotation.size + 7) // 8):
+            raise ValueError(f"signs of a rotation of {rotation.size} channels")
         return rotation
+
+
+SIZES = {  # the dimension of each site, see Hyperparameters.size
+    "residual": "width",
+    "boundary": "width",
+    "heads": "attended",
+    "hidden": "hidden",
+    "hidden_experts": "expert_hidden",
+    "hidden_shared": "shared_hidden",
+    "q_latent": "q_latent",
+    "kv_latent": "kv_latent",
+    "nope": "nope_of_heads",
+    "rope_pairs": "rope_of_keys",
+    "queries": "head_dim",
+}
+
+
+def site_size(numbers: Hyperparameters, site: str) -> int:
+    """The channels that a rotation of a site has signs for. Raises KeyError where the model has no such site."""
+    return numbers.size(SIZES[site])

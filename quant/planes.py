@@ -13,7 +13,7 @@ import torch
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import block_tensor
-from rondel.converters.rotation import HADAMARD, Rotation
+from rondel.converters.rotation import HADAMARD, Rotation, site_size
 from rondel.quant.orthogonal import with_matrix
 
 SITE = "rope_pairs"
@@ -44,7 +44,7 @@ def plane_rotation(source: Checkpoint, seed: int) -> Rotation:
     matrix = torch.zeros(heads, size, size, dtype=torch.float64)
     matrix[:, first, first] = matrix[:, second, second] = angles.cos()
     matrix[:, first, second], matrix[:, second, first] = angles.sin(), -angles.sin()
-    return with_matrix(Rotation(SITE, HADAMARD, False, heads * size, size, seed=seed), matrix)
+    return with_matrix(Rotation(SITE, HADAMARD, False, site_size(source.numbers, SITE), size, seed=seed), matrix)
 
 
 def check_planes(source: Checkpoint) -> None:

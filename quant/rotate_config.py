@@ -8,7 +8,7 @@ from typing import Literal
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT, Hyperparameters
-from rondel.converters.rotation import HADAMARD, Rotation
+from rondel.converters.rotation import HADAMARD, Rotation, site_size
 from rondel.quant.hadamard import largest_block, pack_signs, random_signs, unpack_signs
 from rondel.quant.planes import plane_rotation
 
@@ -45,39 +45,40 @@ def resolved_target(source: Checkpoint, config: RotateConfig) -> str | None:
 
 def rotations_of(source: Checkpoint, config: RotateConfig) -> list[Rotation]:
     """The Hadamards that a config means for a model, or starts from, and RoPE's planes; in the order of application."""
-    numbers, made = source.numbers, []
+    numbers, seed, made = source.numbers, config.seed, []
     if config.residual:
-        made.append(_random("residual", numbers.width, largest_block(numbers.width), config.seed))
+        made.append(_random(numbers, "residual", largest_block(numbers.width), seed))
         if config.keep_tied:
             made.append(replace(made[-1], site="boundary", online=True))
     if config.heads:
-        values = _random("values", numbers.size("values"), largest_block(numbers.value_dim), config.seed)
-        # The query heads of a group read the same value head, so they share its signs.
-        signs = unpack_signs(values.signs, values.size).reshape(numbers.kv_heads, numbers.value_dim)
-        shared = signs.repeat_interleave(numbers.heads // numbers.kv_heads, 0).flatten()
-        packed = pack_signs(shared)
-        made.append(Rotation("heads", HADAMARD, False, len(shared), values.block, packed, seed=config.seed))
-    if numbers.latents:
-        made += _latents(numbers, config)
+        made.append(_heads(numbers, seed))
+    if latents := numbers.latents:
+        sizes = {"q_latent": latents.queries, "kv_latent": latents.keys_values} if config.latents else {}
+        made += [_random(numbers, site, largest_block(size), seed) for site, size in sizes.items() if size]
+        if config.nope:
+            made.append(_random(numbers, "nope", largest_block(latents.nope), seed))
     if config.rope_pairs:
-        made.append(plane_rotation(source, config.seed))
+        made.append(plane_rotation(source, seed))
     if config.queries != "none":
-        block = _block(numbers.head_dim, config.queries)
-        made.append(_random("queries", numbers.head_dim, block, config.seed, online=True))
+        made.append(_random(numbers, "queries", _block(numbers.head_dim, config.queries), seed, online=True))
     if config.hidden != "none":
         for site, size in hidden_sites(source).items():
-            made.append(_random(site, size, _block(size, config.hidden), config.seed, online=True))
+            made.append(_random(numbers, site, _block(size, config.hidden), seed, online=True))
     return made
 
 
-def _latents(numbers: Hyperparameters, config: RotateConfig) -> list[Rotation]:
-    latents = numbers.latents
-    assert latents is not None
-    sizes = {"q_latent": latents.queries, "kv_latent": latents.keys_values} if config.latents else {}
-    made = [_random(site, size, largest_block(size), config.seed) for site, size in sizes.items() if size]
-    if config.nope:
-        made.append(_random("nope", numbers.heads * latents.nope, largest_block(latents.nope), config.seed))
-    return made
+def _random(numbers: Hyperparameters, site: str, block: int, seed: int, online: bool = False) -> Rotation:
+    size = site_size(numbers, site)
+    return Rotation(site, HADAMARD, online, size, block, random_signs(size, seed, site), seed=seed)
+
+
+def _heads(numbers: Hyperparameters, seed: int) -> Rotation:
+    """R2: the query heads of a group read the same value head, so they share its signs."""
+    values = numbers.size("values")
+    signs = unpack_signs(random_signs(values, seed, "values"), values).reshape(numbers.kv_heads, numbers.value_dim)
+    shared = pack_signs(signs.repeat_interleave(numbers.heads // numbers.kv_heads, 0).flatten())
+    size, block = site_size(numbers, "heads"), largest_block(numbers.value_dim)
+    return Rotation("heads", HADAMARD, False, size, block, shared, seed=seed)
 
 
 def _block(size: int, asked: int | str) -> int:
@@ -89,11 +90,7 @@ def hidden_sites(source: Checkpoint) -> dict[str, int]:
     numbers = source.numbers
     readers = [linear for linear in source.family.linears if linear.reads.startswith("hidden")]
     present = [linear for linear in readers if any(linear.is_in(layer, numbers) for layer in range(numbers.layers))]
-    return {linear.reads: numbers.size(linear.cols) for linear in present}
-
-
-def _random(site: str, size: int, block: int, seed: int, online: bool = False) -> Rotation:
-    return Rotation(site, HADAMARD, online, size, block, random_signs(size, seed, site), seed=seed)
+    return {linear.reads: site_size(numbers, linear.reads) for linear in present}
 
 
 def unties_head(source: Checkpoint, config: RotateConfig) -> bool:

@@ -91,6 +91,9 @@ def test_packed_and_float_tensors_are_told_apart(tmp_path: Path) -> None:
         made.read("blk.9.x")
 
 
+RECORD = {"site": "residual", "kind": "hadamard", "online": False, "size": 64, "block": 64, "signs": "00" * 8}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -101,6 +104,13 @@ def test_packed_and_float_tensors_are_told_apart(tmp_path: Path) -> None:
         (lambda m: m["hyperparameters"].update(layers=1 << 40), "damaged.*sizes"),
         (lambda m: m["hyperparameters"].update(head_dim="16"), "damaged.*sizes"),
         (lambda m: m.update(rotations=[{"turn": 1}]), "damaged"),
+        (lambda m: m.update(rotations=[RECORD | {"site": "nope"}]), "damaged.*nope_of_heads"),
+        (
+            lambda m: m.update(rotations=[RECORD | {"size": 128, "signs": "00" * 16}]),
+            "damaged.*128 channels of residual",
+        ),
+        (lambda m: m.update(rotations=[RECORD | {"block": 12}]), "damaged.*in blocks of 12"),
+        (lambda m: m.update(rotations=[RECORD | {"signs": "00"}]), "damaged.*signs"),
         (lambda m: m.update(tensors=[]), "tensors must be an object"),
         (lambda m: m.update(stages=["quantize"]), "stages must be a list of records"),
         (lambda m: m["tensors"].pop("output_norm.weight"), r"output_norm\.weight is missing"),

@@ -16,6 +16,7 @@ from rondel.converters.huggingface import separate_rows
 from rondel.quant.calibrate import CalibrateConfig, calibrate
 from rondel.quant.calibration_text import CalibrationText
 from rondel.quant.candidates import uses_of
+from rondel.quant.rotate import RotateConfig, rotate
 from rondel.quant.sensitivity import Sensitivity, measure_sensitivity
 from tests.tiny import tiny_model
 
@@ -24,6 +25,7 @@ from tests.tiny import tiny_model
 FACTOR = 1.7
 ALL_FACTOR = 1.25  # for all matrices together: a tied embedding errs in two places at once, which is left out too
 NOISE = 0.01  # of the weights' root mean square: small enough for the second order, large enough for float32
+TURNED = 1e-3  # relative: float32 in two bases, where a label that is drawn may tip
 CONTEXT = 32
 
 
@@ -125,3 +127,14 @@ def test_threads_and_files_change_nothing(measured: Measured, tmp_path: Path, mo
     assert np.array_equal(again.frequency, first.frequency)
     other = measure_sensitivity(measured.source, text().windows, tmp_path / "states", seed=1)
     assert not np.array_equal(other.stream, first.stream)
+
+
+def test_turned_ends_change_no_sensitivity_of_the_embedding(tmp_path):
+    """A tied head keeps its basis while the stream turns: its two uses are as sensitive as they were."""
+    source = open_checkpoint(tiny_model("qwen3", tmp_path / "model", tied=True))
+    config = RotateConfig(keep_tied=True, target="rondel")
+    rotated = rotate(source, tmp_path / "rotated", config)
+    windows = text(4).windows
+    plain, turned = (measure_sensitivity(one, windows, tmp_path / "states") for one in (source, rotated))
+    np.testing.assert_allclose(turned.stream, plain.stream, rtol=TURNED)
+    np.testing.assert_allclose(turned.rows["output.weight"], plain.rows["output.weight"], rtol=TURNED)
