@@ -36,6 +36,16 @@ def check_stream_is_rotatable(family: Family, stream: str) -> None:
             )
 
 
+def check_sites_are_bare(family: Family, sites: tuple[str, ...], option: str) -> None:
+    """Refuse a family with a norm between what writes these sites and what reads them."""
+    for norm in family.norms:
+        if norm.reads in sites:
+            raise RondelError(
+                f"{family.name}: {norm.role} stands on the {norm.reads} channels, so no rotation of them keeps the "
+                f"model's function; rotate with {option}"
+            )
+
+
 def heads_are_rotatable(family: Family) -> bool:
     """Whether nothing but attention stands between the one matrix that writes values and the one that reads them."""
     normed = any(norm.reads in ("values", "heads") for norm in family.norms)

@@ -7,7 +7,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT, canonical_shapes, optional_shapes
 from rondel.converters.rotation import Rotation
 from rondel.converters.stats import Stats
-from rondel.quant.fold import check_stream_is_rotatable, heads_are_rotatable
+from rondel.quant.fold import check_sites_are_bare, check_stream_is_rotatable, heads_are_rotatable
 from rondel.quant.hadamard import hadamard_plan, largest_block
 from rondel.quant.planes import check_planes
 from rondel.quant.rotate_config import RotateConfig, hidden_sites, resolved_target, rotations_of
@@ -33,6 +33,10 @@ def _check_family(source: Checkpoint, config: RotateConfig) -> None:
         raise RondelError(f"{family.name}: something stands between the values and attn_output; rotate without --heads")
     if config.rope_pairs:
         check_planes(source)
+    if config.nope and source.numbers.latents:
+        check_sites_are_bare(family, ("nope", "queries", "keys"), "--no-nope")
+    if config.hidden != "none":
+        check_sites_are_bare(family, ("hidden", "hidden_experts", "hidden_shared"), "--hidden none")
 
 
 def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:
@@ -44,8 +48,8 @@ def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = Non
         raise RondelError(f"{source.root}: is quantized; rotate before quantizing")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; rotate before that")
-    _check_online(source, config)
     _check_family(source, config)
+    _check_online(source, config)
     rotations = rotations_of(source, config)
     if not rotations:
         raise RondelError("nothing to rotate: every part of the model that could turn is left out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -198,7 +197,7 @@ def test_what_only_rotates_is_refused_elsewhere(models, tmp_path):
     assert not out.exists()
 
 
-def test_refusals(models, tmp_path, monkeypatch):
+def test_refusals(models, tmp_path):
     source, out = models["deepseek3"], tmp_path / "out"
     with pytest.raises(RondelError, match="one key for all heads"):
         rotate(source, out, RotateConfig(queries="full", target="rondel"))
@@ -209,9 +208,21 @@ def test_refusals(models, tmp_path, monkeypatch):
     extra = Patched(source, {"blk.1.nextn.weight": torch.ones(4)})
     with pytest.raises(RondelError, match=r"does not know what blk\.1\.nextn\.weight reads"):
         rotate(extra, out, RotateConfig())
-    family = FAMILIES["deepseek2"]
-    behind = (*family.norms, Norm("attn_k_rope_norm", "k_rope_norm", "kv_latent", None, "kv_latent"))
-    monkeypatch.setitem(FAMILIES, "deepseek2", dataclasses.replace(family, norms=behind))
-    with pytest.raises(RondelError, match="attn_k_rope_norm stands between"):
-        rotate(source, out, ROTATIONS["latents"])
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("norm", "which", "message"),
+    [
+        (Norm("behind", "x", "kv_latent", None, "kv_latent"), "latents", "behind stands between"),
+        (Norm("attn_q_norm", "x", "queries", None, "head_dim"), "nope", "attn_q_norm stands on the queries.*--no-nope"),
+        (Norm("sub_norm", "x", "hidden_shared", None, "shared_hidden"), "hidden", "sub_norm stands on.*--hidden none"),
+        (Norm("sub_norm", "x", "heads", None, "attended"), "heads", "stands between the values and attn_output"),
+    ],
+)
+def test_norms_in_between_are_refused(norm, which, message, models, tmp_path, monkeypatch):
+    family = FAMILIES["deepseek2"]
+    monkeypatch.setitem(FAMILIES, "deepseek2", replace(family, norms=(*family.norms, norm)))
+    # The folder was opened before: its tensors lack the norm, its table now has it.
+    with pytest.raises(RondelError, match=message):
+        rotate(models["deepseek3"], tmp_path / "out", ROTATIONS[which])
