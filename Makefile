@@ -87,6 +87,8 @@ fuzz: install
 	$(CC) -g -O1 -std=gnu11 -Wno-psabi -fsanitize=address,undefined -DREPLAY -Inative/include -Inative/src native/fuzz/fuzz_gguf.c \
 	    $$(find native/src -name '*.c' ! -name 'avx*.c') -lm -lpthread -o build/fuzz/fuzz_gguf
 	FUZZ_ROUNDS=$(ROUNDS) build/fuzz/fuzz_gguf build/fuzz/model.gguf
+	$(BIN)/python -m tests.native.reference build/fuzz/small.gguf
+	FUZZ_ROUNDS=$$((100 * $(ROUNDS))) build/fuzz/fuzz_gguf build/fuzz/small.gguf
 
 clean:
 	rm -rf build dist $(DEMO)

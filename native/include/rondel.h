@@ -111,6 +111,7 @@ int32_t rondel_sampler_next(rondel_sampler *sampler, const float *logits, int32_
 
 /* ---- the machine ---- */
 int32_t rondel_cpu_count(void);                                   /* cores this process may use */
+double rondel_clock_rate(void);                                   /* cycles a second of this core at this moment */
 double rondel_read_bandwidth(int32_t threads, uint64_t bytes);    /* bytes a second, best of several passes */
 
 #endif

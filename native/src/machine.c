@@ -1,4 +1,4 @@
-/* Owns what rondel knows about the machine: usable cores, and how fast memory can be read. */
+/* Owns what rondel knows about the machine: usable cores, their clock, and how fast memory can be read. */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdint.h>
@@ -84,4 +84,17 @@ end:
     free(sweep);
     pool_free(pool);
     return best;
+}
+
+/* Of additions that wait for each other every processor does one a cycle, whatever else its core does. */
+EXPORT double rondel_clock_rate(void) {
+    enum { ADDITIONS = 1 << 18, UNROLLED = 8 };
+    uint64_t sum = 1;
+    double begin = seconds();
+    for (int i = 0; i < ADDITIONS / UNROLLED; i++)
+        for (int j = 0; j < UNROLLED; j++) {
+            sum += sum;
+            __asm__ volatile("" : "+r"(sum)); /* keeps the compiler from knowing the sum */
+        }
+    return ADDITIONS / (seconds() - begin);
 }

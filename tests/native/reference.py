@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,27 @@ def replication_keys(layers: int, steps: list[Step], merges: list[int]) -> dict[
     return {f"rondel.replication.{name}": value for name, value in keys.items()}
 
 
+def random_bits(size: int, seed: int = 0) -> Array:
+    """Signs of `size` channels, a bit each."""
+    return np.random.default_rng(seed).integers(0, 256, (size + 7) // 8).astype(np.uint8)
+
+
+def rotation_keys(site: str, size: int, block: int | None = None, index: int = 0, **changes: Any) -> dict[str, Any]:
+    """The keys of formats.md §3 for an online rotation, the last one; its signs are `random_bits(size, index)`."""
+    types = gguf.GGUFValueType
+    keys = {
+        "site": (site, types.STRING, None),
+        "kind": ("hadamard", types.STRING, None),
+        "online": (True, types.BOOL, None),
+        "size": (size, types.UINT32, None),
+        "block": (block or size, types.UINT32, None),
+        "signs": (random_bits(size, index).tolist(), types.ARRAY, types.UINT8),
+    } | changes
+    return {"rondel.rotation.count": (index + 1, types.UINT32, None)} | {
+        f"rondel.rotation.{index}.{name}": value for name, value in keys.items()
+    }
+
+
 def _norm(x: Array, weight: Array, epsilon: float) -> Array:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * weight
 
@@ -264,3 +286,15 @@ def _block(numbers: Numbers, tensors: Tensors, x: Array, step: Step, cache: dict
         change = linear("ffn_down", hidden) * given.get("ffn_out_gain", 1.0) + given.get("ffn_out_bias", 0.0)
         x = x + given.get("gate_ffn", 1.0) * change
     return x
+
+
+def write_everything(path: Path) -> Path:
+    """A small file that uses every online rotation and replication, of which most bytes are header: for the fuzzer."""
+    numbers = Numbers("qwen3", layers=2, width=24, hidden=36, tied=True)
+    steps = [*plain_steps(2), Step(1, 1, group=2, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
+    keys = rotation_keys("boundary", 24) | rotation_keys("queries", 8, index=1) | rotation_keys("hidden", 36, 12, 2)
+    return write_gguf(path, numbers, random_weights(numbers), keys | replication_keys(2, steps, [NONE] * 3))
+
+
+if __name__ == "__main__":
+    write_everything(Path(sys.argv[1]))

@@ -20,8 +20,10 @@ from tests.native.reference import (
     add_hyperparameters,
     forward,
     plain_steps,
+    random_bits,
     random_weights,
     replication_keys,
+    rotation_keys,
     write_gguf,
 )
 
@@ -200,34 +202,6 @@ def hadamard(size: int, block: int, signs: np.ndarray) -> np.ndarray:
     return rows
 
 
-def random_bits(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (size + 7) // 8).astype(np.uint8)
-
-
-def rotation_keys(signs: np.ndarray, /, index: int = 0, **changes: Any) -> dict[str, Any]:
-    """Keys of the online rotation `index`, the last one; of the hidden site unless `changes` say otherwise."""
-    keys = {
-        "site": ("hidden", TYPES.STRING, None),
-        "kind": ("hadamard", TYPES.STRING, None),
-        "online": (True, TYPES.BOOL, None),
-        "size": (48, TYPES.UINT32, None),
-        "block": (48, TYPES.UINT32, None),
-        "signs": (signs.tolist(), TYPES.ARRAY, TYPES.UINT8),
-    } | changes
-    return {"rondel.rotation.count": (index + 1, TYPES.UINT32, None)} | {
-        f"rondel.rotation.{index}.{name}": value for name, value in keys.items()
-    }
-
-
-def site_keys(site: str, size: int, block: int, index: int = 0, **changes: Any) -> dict[str, Any]:
-    where = {
-        "site": (site, TYPES.STRING, None),
-        "size": (size, TYPES.UINT32, None),
-        "block": (block, TYPES.UINT32, None),
-    }
-    return rotation_keys(random_bits(size, index), index, **where, **changes)
-
-
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_online_rotations_of_hidden_cancel_rotated_columns(layers: list[int] | None, tmp_path: Path) -> None:
     signs = random_bits(48)
@@ -238,7 +212,7 @@ def test_online_rotations_of_hidden_cancel_rotated_columns(layers: list[int] | N
     for layer in range(NUMBERS.layers) if layers is None else layers:
         name = f"blk.{layer}.ffn_down.weight"
         turned[name] = (weights[name] @ matrix).astype(np.float32)
-    keys = rotation_keys(signs)
+    keys = rotation_keys("hidden", 48)
     if layers is not None:
         keys["rondel.rotation.0.layers"] = (layers, TYPES.ARRAY, TYPES.UINT32)
     expected = forward(NUMBERS, weights, TOKENS, plain_steps(3), [0] * 3)
@@ -263,7 +237,7 @@ def test_online_rotations_before_quantized_columns(name: str, tmp_path: Path) ->
             held = gguf.quants.dequantize(gguf.quants.quantize(turned, quantized), quantized)
         decoded[key] = held @ matrix.T if "ffn_down" in key else held
     expected = forward(numbers, decoded, TOKENS, plain_steps(numbers.layers), [0] * numbers.layers)
-    keys = site_keys("hidden", 96, 96)
+    keys = rotation_keys("hidden", 96)
     got = logits(write_gguf(tmp_path / "m.gguf", numbers, weights, keys, quantized))
     assert relative(got, expected) < ROUNDING_ERROR
     without_rotation = logits(write_gguf(tmp_path / "n.gguf", numbers, weights, quantized=quantized))
@@ -276,7 +250,7 @@ def test_online_rotations_of_queries_change_nothing(family: str, tmp_path: Path)
     numbers = Numbers(family, biases=family == "qwen2")
     weights = random_weights(numbers)
     expected = forward(numbers, weights, TOKENS, plain_steps(3), [0] * 3)
-    keys = site_keys("queries", 8, 8) | site_keys("hidden", 48, 12, 1, online=(False, TYPES.BOOL, None))
+    keys = rotation_keys("queries", 8) | rotation_keys("hidden", 48, 12, 1, online=(False, TYPES.BOOL, None))
     path = write_gguf(tmp_path / "m.gguf", numbers, weights, keys)
     got = logits(path)
     assert relative(got, expected) < LARGEST_ERROR
@@ -289,7 +263,7 @@ def test_shared_keys_are_turned_as_their_writer_turned_them(tmp_path: Path) -> N
     steps = [*plain_steps(3), Step(2, 1, group=3, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
     weights = random_weights(NUMBERS)
     keys = replication_keys(3, steps, [0] * 4)
-    keys |= site_keys("queries", 8, 8, layers=([0], TYPES.ARRAY, TYPES.UINT32))
+    keys |= rotation_keys("queries", 8, layers=([0], TYPES.ARRAY, TYPES.UINT32))
     expected = forward(NUMBERS, weights, TOKENS, steps, [0] * 4)
     assert relative(logits(write_gguf(tmp_path / "m.gguf", NUMBERS, weights, keys)), expected) < LARGEST_ERROR
 
@@ -318,7 +292,7 @@ def test_online_rotations_of_the_boundary_keep_the_ends(tied: bool, width: int, 
     matrix = hadamard(width, width, random_bits(width)).astype(np.float64)
     turned = turn_residual(weights, matrix, numbers.layers)
     expected = forward(numbers, weights, TOKENS, plain_steps(3), [0] * 3)
-    path = write_gguf(tmp_path / "m.gguf", numbers, turned, site_keys("boundary", width, width))
+    path = write_gguf(tmp_path / "m.gguf", numbers, turned, rotation_keys("boundary", width))
     got = logits(path)
     assert relative(got, expected) < LARGEST_ERROR
     with Model(path) as model, Session(model, threads=1) as session:
@@ -341,16 +315,19 @@ WRONG_ROTATIONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", WRONG_ROTATIONS)
 def test_wrong_rotations_are_named(name: str, tmp_path: Path) -> None:
     changes, sentence = WRONG_ROTATIONS[name]
-    keys = rotation_keys(np.zeros(6, np.uint8), **changes)
+    keys = rotation_keys("hidden", 48, **changes)
     with pytest.raises(NativeError, match=sentence):
         Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS), keys))
 
 
 WRONG_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
-    "queries": (site_keys("queries", 8, 8) | site_keys("queries", 8, 4, 1), "two online rotations on one site"),
-    "boundary": (site_keys("boundary", 32, 32) | site_keys("boundary", 32, 32, 1), "two online rotations on the bound"),
+    "queries": (rotation_keys("queries", 8) | rotation_keys("queries", 8, 4, 1), "two online rotations on one site"),
+    "boundary": (
+        rotation_keys("boundary", 32) | rotation_keys("boundary", 32, 16, 1),
+        "two online rotations on the",
+    ),
     "boundary of a layer": (
-        site_keys("boundary", 32, 32, layers=([0], TYPES.ARRAY, TYPES.UINT32)),
+        rotation_keys("boundary", 32, layers=([0], TYPES.ARRAY, TYPES.UINT32)),
         "the boundary is no site of a layer",
     ),
 }
@@ -365,7 +342,7 @@ def test_two_rotations_on_one_site_are_refused(name: str, tmp_path: Path) -> Non
 
 def test_fused_rotations_need_nothing(tmp_path: Path) -> None:
     weights = random_weights(NUMBERS)
-    keys = rotation_keys(np.zeros(6, np.uint8), online=(False, TYPES.BOOL, None), site=("residual", TYPES.STRING, None))
+    keys = rotation_keys("residual", 32, online=(False, TYPES.BOOL, None))
     plain = logits(write_gguf(tmp_path / "a.gguf", NUMBERS, weights))
     assert np.array_equal(logits(write_gguf(tmp_path / "b.gguf", NUMBERS, weights, keys)), plain)
 

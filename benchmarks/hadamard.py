@@ -1,0 +1,111 @@
+"""Measures the runtime's Hadamard transform: cycles an element by size, and what R4 adds to a decode step at 2 bits.
+
+Cycles are seconds times the clock, which a chain of additions shows; what another program takes of the same core counts
+too. The share of a decode step is a ratio of times taken in turn: the transform of one hidden row, and the three Q2_K
+products of its layer.
+
+    python -m benchmarks.hadamard [--rounds 50] [--width 5120] [--hidden 25600] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rondel.native import instruction_set, instruction_sets, use_instruction_set
+from rondel.native.formats import matmul
+from rondel.native.library import check, check_handle, ffi, lib
+from tests.packed import random_packed
+
+POWERS = [2**k for k in range(6, 15)]
+# Hidden layers and blocks of them: (channels, block).
+HIDDENS = [(8960, 8960), (11008, 11008), (13824, 13824), (14336, 14336), (25600, 25600), (25600, 1024)]
+CHANNELS = (
+    4096  # of a timed call at least: small rows stay in the first-level cache, and a call costs little beside them
+)
+
+
+class Transform:
+    """x <- H (s o x) / sqrt(block) on rows of `size` channels, in place: the norm stays, so x can be used again."""
+
+    def __init__(self, size: int, block: int) -> None:
+        signs = np.random.default_rng(0).integers(0, 256, (size + 7) // 8).astype(np.uint8).tobytes()
+        self._made = ffi.gc(check_handle(lib.rondel_hadamard_new(size, block, signs, 0)), lib.rondel_hadamard_free)
+
+    def __call__(self, rows: np.ndarray) -> None:
+        """Turn (n, size) float32."""
+        check(lib.rondel_hadamard_rows(self._made, ffi.from_buffer("float[]", rows, require_writable=True), len(rows)))
+
+
+def seconds(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    call(*arguments, **options)
+    return time.perf_counter() - start
+
+
+def cycles_of(size: int, block: int, rounds: int) -> float:
+    """Cycles an element: the least time, what a call without rows takes aside, times the fastest clock seen meanwhile."""
+    transform = Transform(size, block)
+    rows = np.random.default_rng(1).standard_normal((max(1, CHANNELS // size), size)).astype(np.float32)
+    times = [(seconds(transform, rows), seconds(transform, rows[:0]), lib.rondel_clock_rate()) for _ in range(rounds)]
+    spent, empty, _ = (min(column) for column in zip(*times, strict=True))
+    return (spent - empty) * max(clock for _, _, clock in times) / rows.size
+
+
+def print_cycles(rounds: int) -> None:
+    """A table of cycles an element: a row a size, a column an instruction set."""
+    before, fast = instruction_set(), [isa for isa in instruction_sets() if isa != "scalar"] or ["scalar"]
+    print("| channels | block |" + "".join(f" {isa} |" for isa in fast))
+    print("|---:|---:|" + "---:|" * len(fast))
+    for size, block in [*((size, size) for size in POWERS), *HIDDENS]:
+        cells = []
+        for isa in fast:
+            use_instruction_set(isa)
+            cells.append(f" {cycles_of(size, block, rounds):.2f} |")
+        print(f"| {size} | {block} |{''.join(cells)}", flush=True)
+    use_instruction_set(before)
+
+
+def print_share(width: int, hidden: int, rounds: int, threads: int) -> None:
+    """Time of R4 over that of the layer's three products at 2.6 bits a weight, for one token."""
+    random = np.random.default_rng(2)
+    shapes = [(hidden, width), (hidden, width), (width, hidden)]
+    gate, up, down = (random_packed("Q2_K", *shape, random) for shape in shapes)
+    x = random.standard_normal((1, width)).astype(np.float32)
+    for block in (hidden, hidden & -hidden):
+        transform, pairs = Transform(hidden, block), []
+        for _ in range(rounds):
+            products = seconds(matmul, "Q2_K", gate, hidden, width, x, threads=threads)
+            products += seconds(matmul, "Q2_K", up, hidden, width, x, threads=threads)
+            y = random.standard_normal((1, hidden)).astype(np.float32)
+            turning = seconds(transform, y)
+            products += seconds(matmul, "Q2_K", down, width, hidden, y, threads=threads)
+            pairs.append((turning, products))
+        turning, products = (median(column) for column in zip(*pairs, strict=True))
+        share = median(turn / product for turn, product in pairs)
+        print(
+            f"R4 of {hidden} channels in blocks of {block}: {turning * 1e6:.0f} us beside {products * 1e3:.2f} ms, "
+            f"{100 * share:.2f} % of a {width}-wide layer at Q2_K on {threads} thread(s)"
+        )
+
+
+def main() -> None:
+    """Print both."""
+    parser = argparse.ArgumentParser(description="The Hadamard transform's cycles, and its share of a decode step.")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--width", type=int, default=5120)
+    parser.add_argument("--hidden", type=int, default=25600)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print_cycles(arguments.rounds)
+    print_share(arguments.width, arguments.hidden, max(arguments.rounds // 5, 3), arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
