@@ -10,7 +10,7 @@ DEMO   ?= demo
 ROUNDS ?= 20
 WINDOWS ?= 16
 
-.PHONY: install install-peer native test demo bench-quality bench-encoders lint format typecheck wheel-check fuzz clean
+.PHONY: install install-peer native test demo bench-quality bench-encoders bench-hadamard lint format typecheck wheel-check fuzz clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,10 @@ demo: install
 # Speed and weighted error of every encoder beside ggml's, on one thread.
 bench-encoders: install-peer
 	$(BIN)/python -m benchmarks.encoders --model tests/models/stories-4m
+
+# Cycles an element of the Hadamard transform, and its share of a decode step at 2 bits.
+bench-hadamard: install
+	$(BIN)/python -m benchmarks.hadamard
 
 # rondel's files and llama-quantize's, judged by unmodified llama.cpp; writes README's table. Long: every type, all texts.
 bench-quality: install-peer

@@ -50,7 +50,7 @@ def seconds(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
 
 
 def cycles_of(size: int, block: int, rounds: int) -> float:
-    """Cycles an element: the least time, what a call without rows takes aside, times the fastest clock seen meanwhile."""
+    """Cycles an element: the least time, less that of a call without rows, times the fastest clock seen meanwhile."""
     transform = Transform(size, block)
     rows = np.random.default_rng(1).standard_normal((max(1, CHANNELS // size), size)).astype(np.float32)
     times = [(seconds(transform, rows), seconds(transform, rows[:0]), lib.rondel_clock_rate()) for _ in range(rounds)]

@@ -1,4 +1,4 @@
-"""Exported F32 files in the runtime against transformers in float32."""
+"""Exported F32 files, plain and rotated, in the runtime against transformers in float32."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def assert_like_transformers(folder: Path, gguf: Path, tokens: list[int]) -> Non
 def test_tiny_models_have_transformers_logits(family: str, tied: bool, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path / "model", tied=tied, seed=7)
     gguf = export_f32(folder, tmp_path / "model.gguf")
+    tokens = np.random.default_rng(1).integers(0, Model(gguf).vocabulary, 40).tolist()
+    assert_like_transformers(folder, gguf, tokens)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_rotated_models_have_the_logits_of_the_model(family: str, tied: bool, tmp_path: Path) -> None:
+    """Everything that rotate can turn, fused and online; a tied head stays tied."""
+    folder = tiny_model(family, tmp_path / "model", tied=tied, seed=7)
+    config = RotateConfig(hidden="full", queries="full", keep_tied=tied, target="rondel")
+    rotated = rotate(open_checkpoint(folder), tmp_path / "rotated", config)
+    (gguf,) = export(rotated, tmp_path / "model.gguf", ExportConfig(type="F32", target="rondel"))
     tokens = np.random.default_rng(1).integers(0, Model(gguf).vocabulary, 40).tolist()
     assert_like_transformers(folder, gguf, tokens)
 

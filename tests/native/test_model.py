@@ -300,29 +300,23 @@ def test_online_rotations_of_the_boundary_keep_the_ends(tied: bool, width: int, 
 
 
 WRONG_ROTATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "site": ({"site": ("heads", TYPES.STRING, None)}, "site 'heads' is not supported"),
-    "kind": ({"kind": ("orthogonal", TYPES.STRING, None)}, "'orthogonal'"),
-    "size": ({"size": (32, TYPES.UINT32, None)}, "has the size 32, the site hidden has 48"),
-    "size of queries": ({"site": ("queries", TYPES.STRING, None)}, "has the size 48, the site queries has 8"),
-    "size of the boundary": ({"site": ("boundary", TYPES.STRING, None)}, "has the size 48, the site boundary has 32"),
-    "signs": ({"signs": ([1, 2, 3], TYPES.ARRAY, TYPES.UINT8)}, "array of 6 u8"),
-    "layers": ({"layers": ([3], TYPES.ARRAY, TYPES.UINT32)}, "outside 0 to 2"),
-    "layer twice": ({"layers": ([1, 1], TYPES.ARRAY, TYPES.UINT32)}, "two online rotations"),
-    "block": ({"block": (7, TYPES.UINT32, None)}, "block|Hadamard"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_ROTATIONS)
-def test_wrong_rotations_are_named(name: str, tmp_path: Path) -> None:
-    changes, sentence = WRONG_ROTATIONS[name]
-    keys = rotation_keys("hidden", 48, **changes)
-    with pytest.raises(NativeError, match=sentence):
-        Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS), keys))
-
-
-WRONG_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
-    "queries": (rotation_keys("queries", 8) | rotation_keys("queries", 8, 4, 1), "two online rotations on one site"),
-    "boundary": (
+    "site": (rotation_keys("heads", 48), "site 'heads' is not supported"),
+    "kind": (rotation_keys("hidden", 48, kind=("orthogonal", TYPES.STRING, None)), "'orthogonal'"),
+    "size": (rotation_keys("hidden", 32), "has the size 32, the site hidden has 48"),
+    "size of queries": (rotation_keys("queries", 48), "has the size 48, the site queries has 8"),
+    "size of the boundary": (rotation_keys("boundary", 48), "has the size 48, the site boundary has 32"),
+    "signs": (rotation_keys("hidden", 48, signs=([1, 2, 3], TYPES.ARRAY, TYPES.UINT8)), "array of 6 u8"),
+    "layers": (rotation_keys("hidden", 48, layers=([3], TYPES.ARRAY, TYPES.UINT32)), "outside 0 to 2"),
+    "layer twice": (
+        rotation_keys("hidden", 48, layers=([1, 1], TYPES.ARRAY, TYPES.UINT32)),
+        "two online rotations on one site",
+    ),
+    "block": (rotation_keys("hidden", 48, 7), "block|Hadamard"),
+    "queries twice": (
+        rotation_keys("queries", 8) | rotation_keys("queries", 8, 4, 1),
+        "two online rotations on one site",
+    ),
+    "boundary twice": (
         rotation_keys("boundary", 32) | rotation_keys("boundary", 32, 16, 1),
         "two online rotations on the",
     ),
@@ -333,9 +327,9 @@ WRONG_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_PAIRS)
-def test_two_rotations_on_one_site_are_refused(name: str, tmp_path: Path) -> None:
-    keys, sentence = WRONG_PAIRS[name]
+@pytest.mark.parametrize("name", WRONG_ROTATIONS)
+def test_wrong_rotations_are_named(name: str, tmp_path: Path) -> None:
+    keys, sentence = WRONG_ROTATIONS[name]
     with pytest.raises(NativeError, match=sentence):
         Model(write_gguf(tmp_path / "m.gguf", NUMBERS, random_weights(NUMBERS), keys))
 

@@ -23,12 +23,11 @@ static inline lanes flip(lanes v, const uint8_t *bits, int shift) {
     return _mm256_xor_ps(v, _mm256_castsi256_ps(minus));
 }
 
-/* The stages of `length` neighbouring lanes. The product with 1 or -1 is exact: the sum is rounded once. */
-static inline lanes within(lanes v, int64_t length) {
-    if (length >= 8) v = fused(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
-    if (length >= 4) v = fused(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4e));
-    if (length >= 2) v = fused(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xb1));
-    return v;
+/* The stage of lanes `distance` apart. The product with 1 or -1 is exact: the sum is rounded once. */
+static inline lanes across(lanes v, int distance) {
+    if (distance == 4) return fused(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
+    if (distance == 2) return fused(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4e));
+    return fused(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xb1));
 }
 
 #include "hadamard_lanes.h"

@@ -20,21 +20,21 @@ static inline lanes flip(lanes v, const uint8_t *bits, int shift) {
     memcpy(&word, bits, sizeof word);
     const __m512i last = _mm512_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
     __m512i up = _mm512_sllv_epi32(_mm512_set1_epi32(word), _mm512_sub_epi32(last, _mm512_set1_epi32(shift)));
-    __m512i minus = _mm512_and_si512(up, _mm512_set1_epi32(INT32_MIN));
-    return _mm512_xor_ps(v, _mm512_castsi512_ps(minus));
+    enum { XOR_OF_AND = 0x78 };
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(v), up, _mm512_set1_epi32(INT32_MIN), XOR_OF_AND));
 }
 
-/* The stages of sixteen lanes. The product with 1 or -1 is exact: the sum is rounded once. */
-static inline lanes within(lanes v, int64_t length) {
+/* The stage of lanes `distance` apart. The product with 1 or -1 is exact: the sum is rounded once. */
+static inline lanes across(lanes v, int distance) {
     const __m512 eights = _mm512_setr_ps(1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m512 fours = _mm512_setr_ps(1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1);
     const __m512 twos = _mm512_setr_ps(1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1);
     const __m512 ones = _mm512_setr_ps(1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1);
-    if (length >= 16) v = fused(v, eights, _mm512_shuffle_f32x4(v, v, 0x4e));
-    if (length >= 8) v = fused(v, fours, _mm512_shuffle_f32x4(v, v, 0xb1));
-    if (length >= 4) v = fused(v, twos, _mm512_permute_ps(v, 0x4e));
-    if (length >= 2) v = fused(v, ones, _mm512_permute_ps(v, 0xb1));
-    return v;
+    if (distance == 8) return fused(v, eights, _mm512_shuffle_f32x4(v, v, 0x4e));
+    if (distance == 4) return fused(v, fours, _mm512_shuffle_f32x4(v, v, 0xb1));
+    if (distance == 2) return fused(v, twos, _mm512_permute_ps(v, 0x4e));
+    return fused(v, ones, _mm512_permute_ps(v, 0xb1));
 }
 
 #include "hadamard_lanes.h"

@@ -1,6 +1,7 @@
-/* The Hadamard kernels on vectors of LANES floats, of which GROUP (8 or 16) stay in registers: included once by the file of
- * an instruction set, which has defined these, `lanes`, and the functions load, store, fused, spread, flip and within. Every
- * element goes through the additions of scalar_hadamard.c in their order; only what lies in registers between them differs. */
+/* The Hadamard kernels on vectors of LANES floats: included once by the file of an instruction set, which has defined `lanes`,
+ * LANES, GROUP (the vectors of a transform that stay in registers, 8 or 16), TILE (the vectors of columns that are summed side
+ * by side), and the functions load, store, fused, spread, flip and across. Every element goes through the additions of
+ * scalar_hadamard.c in their order; only what lies in registers between them differs. */
 #include <stdint.h>
 
 #include "kernels.h"
@@ -16,14 +17,14 @@ struct signs {
     int shift;
 };
 
-INLINE struct signs signs_after(struct signs signs, int64_t elements) { /* a multiple of 8 */
+INLINE struct signs after(struct signs signs, int64_t elements) { /* a multiple of 8 */
     return (struct signs){signs.bits ? signs.bits + elements / 8 : NULL, signs.shift};
 }
 
-/* The vector at x[i], i a multiple of 8. `flipped` is known where this is compiled: no test remains in a loop. */
-INLINE lanes fetch(const float *x, int64_t i, struct signs signs, int flipped) {
-    lanes v = load(x + i);
-    return flipped ? flip(v, signs.bits + i / 8, signs.shift) : v;
+/* The vector at x, the first one of the signs. `flipped` is known where this is compiled: no test remains in a loop. */
+INLINE lanes fetch(const float *x, struct signs signs, int flipped) {
+    lanes v = load(x);
+    return flipped ? flip(v, signs.bits, signs.shift) : v;
 }
 
 INLINE void butterfly(lanes *a, lanes *b) {
@@ -46,9 +47,10 @@ INLINE void butterflies(lanes v[GROUP], int radix) {
 
 /* The first stages of radix * stride floats, those of distances from `stride` up. */
 INLINE void pass(const float *x, float *y, int64_t stride, int radix, struct signs signs, int flipped) {
-    for (int64_t i = 0; i < stride; i += LANES) {
+    struct signs here = signs;
+    for (int64_t i = 0; i < stride; i += LANES, here = after(here, LANES)) {
         lanes v[GROUP];
-        for (int k = 0; k < radix; k++) v[k] = fetch(x, k * stride + i, signs, flipped);
+        for (int k = 0; k < radix; k++) v[k] = fetch(x + k * stride + i, after(here, k * stride), flipped);
         butterflies(v, radix);
         for (int k = 0; k < radix; k++) store(y + k * stride + i, v[k]);
     }
@@ -71,11 +73,13 @@ static void any_pass(const float *x, float *y, int64_t stride, int radix, struct
 
 /* All stages of transforms of radix * LANES floats, `total` floats of them. */
 INLINE void leaves(const float *x, float *y, int64_t total, float scale, int radix, struct signs signs, int flipped) {
-    for (int64_t i = 0; i < total; i += radix * LANES) {
+    for (int64_t i = 0; i < total; i += radix * LANES, signs = after(signs, radix * LANES)) {
         lanes v[GROUP];
-        for (int k = 0; k < radix; k++) v[k] = fetch(x, i + k * LANES, signs, flipped);
+        for (int k = 0; k < radix; k++) v[k] = fetch(x + i + k * LANES, after(signs, k * LANES), flipped);
         butterflies(v, radix);
-        for (int k = 0; k < radix; k++) store(y + i + k * LANES, within(v[k], LANES) * spread(scale));
+        for (int distance = LANES / 2; distance >= 1; distance /= 2) /* side by side: the chains of one vector are long */
+            for (int k = 0; k < radix; k++) v[k] = across(v[k], distance);
+        for (int k = 0; k < radix; k++) store(y + i + k * LANES, v[k] * spread(scale));
     }
 }
 
@@ -93,7 +97,8 @@ static void any_leaves(const float *x, float *y, int64_t total, int radix, struc
 
 /* Depth first: what a pass has made small enough for a cache is finished there. */
 static void descend(const float *x, float *y, int64_t length, struct signs signs, float scale) {
-    int radix = length >= 8 * LEAF ? 8 : (int)(length / LEAF);
+    static const int radices[3] = {8, 2, 4}; /* the small one first, where it is applied in long loops */
+    int radix = radices[__builtin_ctzll((uint64_t)(length / LEAF)) % 3];
     int64_t stride = length / radix;
     any_pass(x, y, stride, radix, signs);
     if (stride == LEAF) {
@@ -107,10 +112,12 @@ static void descend(const float *x, float *y, int64_t length, struct signs signs
 static void short_transforms(const float *x, float *y, int64_t total, int64_t length, struct signs signs, float scale) {
     int64_t done = 0;
     for (; done + LANES <= total; done += LANES) {
-        lanes v = signs.bits ? fetch(x, done, signs, 1) : load(x + done);
-        store(y + done, within(v, length) * spread(scale));
+        lanes v = signs.bits ? fetch(x + done, signs, 1) : load(x + done);
+        for (int distance = LANES / 2; distance >= 1; distance /= 2)
+            if (distance < length) v = across(v, distance);
+        store(y + done, v * spread(scale));
+        signs = after(signs, LANES);
     }
-    signs = signs_after(signs, done);
     scalar_sylvester(x + done, y + done, (total - done) / length, length, signs.bits, signs.shift, scale);
 }
 
@@ -120,7 +127,7 @@ static void sylvester(const float *x, float *y, int64_t count, int64_t length, c
     if (length < LANES) short_transforms(x, y, count * length, length, signs, scale);
     else if (length <= LEAF) any_leaves(x, y, count * length, (int)(length / LANES), signs, scale);
     else
-        for (int64_t i = 0; i < count * length; i += length) descend(x + i, y + i, length, signs_after(signs, i), scale);
+        for (int64_t i = 0; i < count * length; i += length) descend(x + i, y + i, length, after(signs, i), scale);
 }
 
 /* Four rows of a base times `vectors` vectors of columns. coefficients: (order, 4). */
