@@ -18,7 +18,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING, OUTPUT
 from rondel.converters.stats import Stats
 from rondel.native.formats import NativeError, decode, encode, formats
-from rondel.quant.feedback import factorize
+from rondel.quant.factorization import factorize
 from rondel.quant.importance import Means, site_of
 from rondel.quant.rounding import row_pieces
 from rondel.quant.sensitivity import Sensitivity

@@ -9,80 +9,17 @@ depend on how many workers there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from rondel.native.formats import Bytes, decode, encode_feedback, format_bytes, formats, polish
+from rondel.quant.factorization import Factor
 from rondel.quant.workers import Workers
 
 PULL = 0.5  # of the way to the target drawn by the float stream: the whole way also follows what is chance in the text
-DAMPING = 0.01  # of the mean of the diagonal, added to it: what a finite text did not show is not certain to be zero
-DAMPING_STEP = 10.0  # more of it, where the second moment still has no Cholesky factor
-DAMPING_MOST = 1e4
-COLUMNS = 512  # of an inverse computed at a time
-SWAPPED = 1 << 22  # numbers swapped at a time where a matrix is turned round
+COLUMNS = 512  # of a drift multiplied at a time
 PIECE = 256  # rows that one worker rounds at a time; a multiple of a tile's panel
 SWEEPS = 3  # of coordinate descent; the third takes about 2 % off the error, the fourth less than 1 %
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A damped second moment H (cols, cols) and the upper triangular U of its inverse = U^T U, both float32."""
-
-    moments: torch.Tensor
-    upper: torch.Tensor
-
-
-def factorize(moments: torch.Tensor, *, device: str = "cpu") -> Factor:
-    """Factor the second moment (cols, cols) of a matrix's inputs. One in float64 is used up: few arrays are as large.
-
-    Columns that saw nothing, and moments of too few tokens, are dampened until the factor exists.
-    """
-    # H = R R^T with R upper triangular is the Cholesky factor of H with its order of columns turned round.
-    turned = moments.to(device, torch.float64).contiguous()
-    mean = turned.diagonal().mean().item()
-    _turn_round(turned)
-    damping, added = DAMPING * mean if mean > 0 else 1.0, 0.0
-    most = DAMPING_MOST * max(mean, 1.0)
-    while damping <= most:
-        turned.diagonal().add_(damping - added)
-        added = damping
-        lower, failed = torch.linalg.cholesky_ex(turned)
-        if not failed.item():
-            _invert(lower)
-            inverse = lower.to("cpu", torch.float32)
-            del lower
-            upper = inverse.flip(0, 1)
-            del inverse
-            if bool(torch.isfinite(upper).all()):
-                return Factor(turned.to("cpu", torch.float32).flip(0, 1), upper)
-        damping *= DAMPING_STEP
-    raise ArithmeticError("the second moment has no factor at any damping")
-
-
-def _turn_round(matrix: torch.Tensor) -> None:
-    """Reverse the order of rows and of columns, in place."""
-    flat = matrix.view(-1)
-    for first in range(0, len(flat) // 2, SWAPPED):
-        front = flat[first : min(first + SWAPPED, len(flat) // 2)]
-        back = flat[len(flat) - first - len(front) : len(flat) - first]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(kept)
-
-
-def _invert(lower: torch.Tensor) -> None:
-    """Invert a lower triangular matrix in place, some columns at a time from the last to the first."""
-    size = len(lower)
-    for first in reversed(range(0, size, COLUMNS)):
-        last = min(first + COLUMNS, size)
-        here, below = slice(first, last), slice(last, size)
-        unit = torch.eye(last - first, dtype=lower.dtype, device=lower.device)
-        corner = torch.linalg.solve_triangular(lower[here, here], unit, upper=False)
-        lower[below, here] = -(lower[below, below] @ lower[below, here] @ corner)
-        lower[here, here] = corner
 
 
 def drawn_target(weights: torch.Tensor, factor: Factor, drift: torch.Tensor) -> torch.Tensor:

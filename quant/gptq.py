@@ -18,7 +18,8 @@ from rondel.converters.folder import read_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.stats import OUTPUT_IN
 from rondel.native.formats import Bytes, Floats, decode, encode, feeds_back
-from rondel.quant.feedback import Factor, drawn_target, factorize, feed_back
+from rondel.quant.factorization import Factor, factorize
+from rondel.quant.feedback import drawn_target, feed_back
 from rondel.quant.importance import Means
 from rondel.quant.rounding import (
     Rounded,

@@ -14,7 +14,8 @@ import torch
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import block_tensor
 from rondel.native.formats import decode, feeds_back
-from rondel.quant.feedback import Factor, factorize, feed_back
+from rondel.quant.factorization import Factor, factorize
+from rondel.quant.feedback import feed_back
 from rondel.quant.importance import Importance
 from rondel.quant.output_error import moment_of, output_error, sampled
 from rondel.quant.rescaled_view import Place, by_query_head, obstacle, over_query_heads

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 from rondel.native.formats import decode, encode
-from rondel.quant import feedback
-from rondel.quant.feedback import DAMPING, PULL, drawn_target, factorize, feed_back
+from rondel.quant.factorization import DAMPING, factorize
+from rondel.quant.feedback import PULL, drawn_target, feed_back
 from rondel.quant.workers import Workers
 
 ROWS, COLS = 70, 512
@@ -38,43 +35,6 @@ def some_moments(cols: int = COLS, seed: int = 1) -> torch.Tensor:
 def output_error(weights: torch.Tensor, packed: np.ndarray, format: str, moments: torch.Tensor) -> float:
     error = weights.double() - torch.from_numpy(decode(format, packed, *weights.shape)).double()
     return float(((error @ moments) * error).sum())
-
-
-@pytest.mark.parametrize("columns", [512, 40])
-def test_the_factor_is_that_of_the_damped_inverse(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feedback, "COLUMNS", columns)
-    monkeypatch.setattr(feedback, "SWAPPED", 1000)
-    moments = some_moments(96)
-    factor = factorize(moments.clone())
-    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(96)
-    assert torch.equal(factor.moments, damped.float())
-    assert torch.equal(factor.upper, factor.upper.triu())
-    product = damped @ factor.upper.double().T @ factor.upper.double()
-    assert (product - torch.eye(96)).abs().max() < ROUNDED * 100
-
-
-PEAK = """
-import resource, torch
-from rondel.quant.feedback import factorize
-
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-torch.set_num_threads(1)
-factorize(2 * torch.eye(256, dtype=torch.float64))
-before, columns = peak(), 3072
-factorize(2 * torch.eye(columns, dtype=torch.float64))
-print((peak() - before) / (8 * columns**2))
-"""
-# The moments, their factor that becomes its inverse, both in float32 and turned one after the other, and what LAPACK
-# takes. A copy more of any of them breaks it.
-MATRICES = 4.0
-
-
-def test_a_large_moment_is_factored_in_place() -> None:
-    """What decides the memory of the whole stage: each copy of the largest second moment outweighs a block."""
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < MATRICES
 
 
 FORMATS = ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_0", "Q5_1"]
