@@ -125,16 +125,28 @@ def check_runs(source: Checkpoint, verb: str) -> None:
 
 def read_rotations(path: Path, records: list[dict[str, Any]]) -> list[Rotation]:
     """The rotations of a manifest's records, with their matrices out of the file `path`."""
-    made = []
-    for index, record in enumerate(records):
-        rotation = Rotation.from_json(record)
-        if rotation.kind == ORTHOGONAL:
-            matrix = read_tensor(path, matrix_name(index))
-            if sha256_of(matrix) != rotation.sha256:
-                raise RondelError(f"{path}: {matrix_name(index)} is not the one of the manifest; run rotate again")
-            rotation = replace(rotation, matrix=matrix)
-        made.append(rotation)
-    return made
+    rotations = [Rotation.from_json(record) for record in records]
+    return [
+        replace(rotation, matrix=_matrix(path, matrix_name(index), rotation))
+        if rotation.kind == ORTHOGONAL
+        else rotation
+        for index, rotation in enumerate(rotations)
+    ]
+
+
+def _matrix(path: Path, name: str, rotation: Rotation) -> torch.Tensor:
+    """The matrices of a rotation, (n, block, block) float64; refuses others than the record tells of."""
+    matrix = read_tensor(path, name)
+    blocks = rotation.size // rotation.block
+    fits = matrix.dim() == 3 and matrix.shape[1:] == (rotation.block, rotation.block) and len(matrix) > 0
+    if not fits or blocks % len(matrix) or matrix.dtype != torch.float64:
+        raise RondelError(
+            f"{path}: {name} is {matrix.dtype} {list(matrix.shape)}, expected float64 matrices for {blocks} blocks of "
+            f"{rotation.block} channels; the folder is damaged, run rotate again"
+        )
+    if sha256_of(matrix) != rotation.sha256:
+        raise RondelError(f"{path}: {name} is not the one of the manifest; run rotate again")
+    return matrix
 
 
 def _check(manifest: dict[str, Any], path: Path) -> None:

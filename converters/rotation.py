@@ -68,6 +68,8 @@ class Rotation:
         dense = rotation.kind == ORTHOGONAL
         if not (dense or rotation.kind == HADAMARD) or dense != (rotation.sha256 is not None):
             raise ValueError(f"rotation of kind {rotation.kind!r}")
+        if dense and rotation.online:
+            raise ValueError(f"a matrix for {rotation.site}, which turns online")
         if rotation.block < 1 or rotation.size % rotation.block:
             raise ValueError(f"rotation of {rotation.size} channels in blocks of {rotation.block}")
         if len(bytes.fromhex(rotation.signs)) != (0 if dense else (rotation.size + 7) // 8):

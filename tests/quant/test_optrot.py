@@ -12,7 +12,7 @@ from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.family import EMBEDDING, OUTPUT
 from rondel.converters.rotation import HADAMARD, Rotation
 from rondel.quant import optrot
-from rondel.quant.hadamard import random_signs, rotate_channels
+from rondel.quant.hadamard import random_signs, rotate_channels, rotate_channels_back
 from rondel.quant.optrot import fourth_powers, optimize, weight_rows
 from rondel.quant.orthogonal import dense_matrix, orthonormalized, random_orthogonal, with_matrix
 from rondel.quant.rotate import RotateConfig
@@ -62,6 +62,7 @@ def test_a_record_multiplies_each_run_of_blocks_by_its_matrix():
     expected = torch.cat([x[..., 3 * i : 3 * i + 3] @ matrices[i // 3] for i in range(6)], -1)
     assert torch.allclose(rotate_channels(x, rotation), expected, rtol=0, atol=ORTHOGONAL)
     assert torch.allclose(x @ dense_matrix(rotation), expected, rtol=0, atol=ORTHOGONAL)
+    assert torch.allclose(rotate_channels_back(expected, rotation), x, rtol=0, atol=ORTHOGONAL)
 
 
 def test_the_gradient_is_that_of_the_objective():

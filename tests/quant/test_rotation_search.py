@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
+from rondel.converters.folder import sha256_of
 from rondel.converters.rotation import MATRICES, Rotation
 from rondel.converters.stats import Stats, open_stats
 from rondel.quant import optrot, procrustes, rotation_search
@@ -182,6 +184,17 @@ def test_later_stages_keep_the_matrices(source: Checkpoint, tmp_path: Path) -> N
         open_checkpoint(tmp_path / "quantized").read_rotations()
 
 
+def test_matrices_of_another_form_are_refused(source: Checkpoint, tmp_path: Path) -> None:
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig(kind="orthogonal", heads=False))
+    (rotation,) = rotated.read_rotations()
+    matrix = rotation.matrix
+    for wrong in (matrix.float(), matrix[0], matrix[:, :48, :48].contiguous(), matrix[:0]):
+        save_file({"rotation.0": wrong}, rotated.root / f"{MATRICES}.safetensors")
+        rotated.manifest["rotations"][0]["sha256"] = sha256_of(wrong)
+        with pytest.raises(RondelError, match=r"expected float64 matrices for 1 blocks of 96"):
+            rotated.read_rotations()
+
+
 def test_refusals(source: Checkpoint, stats: Stats) -> None:
     def refused(match: str, given: Stats | None = None, **settings: Any) -> None:
         with pytest.raises(RondelError, match=match):
@@ -216,6 +229,8 @@ def test_plan_and_records_tell_the_kind(source: Checkpoint, tmp_path: Path) -> N
     assert "matrix" not in record
     with pytest.raises(ValueError, match="kind 'hadamard'"):
         Rotation.from_json({**record, "kind": "hadamard"})
+    with pytest.raises(ValueError, match="turns online"):
+        Rotation.from_json({**record, "online": True})
     with pytest.raises(ValueError, match="kind 'orthogonal'"):
         Rotation.from_json({**record, "sha256": None})
 
