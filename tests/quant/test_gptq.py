@@ -218,8 +218,8 @@ for model in ("narrow", "wide"):
 print(peaks[1] - peaks[0])
 """
 HIDDEN = 2560
-# In float64 matrices of the hidden layer's moments, on top of what the narrow model takes. Measured: 1.4 to 1.7; one copy
-# more of the moments is 1.
+# In float64 matrices of the hidden layer's moments, on top of what the narrow model takes. Measured: 1.4 to 1.7; a
+# copy of the moments more is 1.
 MATRICES = 2.2
 
 
