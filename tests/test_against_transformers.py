@@ -1,4 +1,4 @@
-"""Exported F32 files, plain and rotated, in the runtime against transformers in float32."""
+"""Exported F32 files, plain and rotated, in the runtime against transformers; quantized ones against float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.export import ExportConfig, export
 from rondel.native import Model, Session
+from rondel.quant.decoded_view import DecodedView
+from rondel.quant.quantize import QuantizeConfig, quantize
+from rondel.quant.reference import reference_logits
 from rondel.quant.rotate import RotateConfig, rotate
 from tests.tiny import tiny_model
 
@@ -19,6 +22,8 @@ DEMO = ROOT / "tests" / "models" / "stories-4m"
 
 # Both sides compute in float32 and add in other orders; a wrong formula shows at 1e-2 and above.
 LOGIT_TOLERANCE = 1e-4  # of the largest logit
+# The runtime rounds the inputs of every quantized matrix to 8 bits: about a percent in each of two layers.
+ROUNDING_TOLERANCE = 0.05
 
 
 def export_f32(source: Path, out: Path) -> Path:
@@ -65,6 +70,21 @@ def test_rotated_models_have_the_logits_of_the_model(family: str, tied: bool, tm
     (gguf,) = export(rotated, tmp_path / "model.gguf", ExportConfig(type="F32", target="rondel"))
     tokens = np.random.default_rng(1).integers(0, Model(gguf).vocabulary, 40).tolist()
     assert_like_transformers(folder, gguf, tokens)
+
+
+def test_quantized_rotated_model_computes_with_the_decoded_weights(tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_model("qwen3", tmp_path / "model", tied=True, seed=7))
+    config = RotateConfig(hidden="full", queries="full", keep_tied=True, target="rondel")
+    rotated = rotate(source, tmp_path / "rotated", config)
+    quantized = quantize(rotated, tmp_path / "quantized", QuantizeConfig(type="Q4_0", pure=True))
+    (gguf,) = export(quantized, tmp_path / "model.gguf", ExportConfig())
+    tokens = np.random.default_rng(1).integers(0, 288, 40).tolist()
+    expected = reference_logits(DecodedView(quantized), torch.tensor(tokens)).numpy()
+    got = Session(Model(gguf), context=len(tokens), threads=1).eval(tokens, all=True)
+    largest = np.abs(expected).max()
+    assert np.abs(got - expected).max() < ROUNDING_TOLERANCE * largest
+    float_logits = reference_logits(source, torch.tensor(tokens)).numpy()
+    assert np.abs(expected - float_logits).max() > 2 * ROUNDING_TOLERANCE * largest, "four bits cost more than that"
 
 
 def test_demo_model_has_transformers_logits(tmp_path: Path) -> None:

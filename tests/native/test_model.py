@@ -30,6 +30,7 @@ from tests.native.reference import (
 TOKENS = [3, 17, 5, 59, 0, 3, 41, 22, 8, 13]
 NUMBERS = Numbers()
 TYPES = gguf.GGUFValueType
+HALF_ERROR = 2e-2  # keys, values and their sums in half precision, in three layers
 LARGEST_ERROR = 1e-5  # float32 against float64, see test_session.py
 # Activations are rounded to 8 bits, per block or per row, in three layers: each adds about a percent.
 ROUNDING_ERROR = 0.1
@@ -256,6 +257,7 @@ def test_online_rotations_of_queries_change_nothing(family: str, tmp_path: Path)
     assert relative(got, expected) < LARGEST_ERROR
     assert not np.array_equal(got, logits(write_gguf(tmp_path / "n.gguf", numbers, weights)))  # they were turned
     assert np.array_equal(logits(path, batch=1), got)
+    assert relative(logits(path, kv="F16"), expected) < HALF_ERROR
 
 
 def test_shared_keys_are_turned_as_their_writer_turned_them(tmp_path: Path) -> None:
