@@ -101,6 +101,8 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
         stage = import_module(f"rondel.quant.{name}")
         if name == "calibrate":
             planned = stage.plan(source, settings, recipe.text)
+        elif name == "rotate" and "calibrate" in recipe.sections:
+            planned = stage.plan(source, stage.before_statistics(settings)) | {"kind": settings.kind}
         elif name == "quantize" and "calibrate" in recipe.sections:
             planned = _plan_before_statistics(source, settings)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,15 @@ MassiveOption = Annotated[
         "100 times, or not at all.",
     ),
 ]
+AutoOption = Annotated[
+    str | None,
+    typer.Option(
+        "--auto",
+        metavar="TYPE",
+        help="Measure what quantizing to TYPE (Q4_K_M, IQ2_XXS, ...) loses with and without the rotation, print the "
+        "table, and leave the model as it is unless rotating gains. Needs --stats.",
+    ),
+]
 
 
 def rotate(
@@ -94,6 +103,7 @@ def rotate(
     tries: TriesOption = 1,
     type_: TypeOption = "Q4_0",
     massive: MassiveOption = "weight",
+    auto: AutoOption = None,
     seed: SeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -115,6 +125,7 @@ def rotate(
     \b
       rondel rotate MODEL --stats calib/ -o rotated/
       rondel rotate MODEL --stats calib/ --kind optrot --tries 4 --type Q2_K -o rotated/
+      rondel rotate MODEL --stats calib/ --auto Q2_K -o rotated/
     """
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import open_stats
@@ -134,14 +145,35 @@ def rotate(
         tries=tries,
         type=type_,
         massive=massive,
+        auto=auto,
         target=target,
     )
     source = open_checkpoint(model)
     seen = open_stats(stats) if stats else None
     if dry_run:
-        return console.plan(stage.plan(source, config, seen), as_json=as_json)
+        with console.progress(quiet=quiet) as progress:
+            planned = stage.plan(source, config, seen, threads=threads, progress=progress)
+        return console.plan(planned, as_json=as_json)
     with console.progress(quiet=quiet) as progress:
         made = stage.rotate(
             source, output, config, seen, threads=threads, device=device, force=force, progress=progress
         )
-    return console.result(*console.written("rotate", output, made.manifest), as_json=as_json, quiet=quiet)
+    told, line = console.written("rotate", output, made.manifest)
+    choice = made.manifest.get("rotation_choice")
+    if choice:
+        told, line = told | {"choice": choice}, f"{choice_text(choice)}\n{line}"
+    return console.result(told, line, as_json=as_json, quiet=quiet)
+
+
+def choice_text(choice: dict[str, Any]) -> str:
+    """The choice's table and its reason."""
+    lines = choice["tensors"]
+    head = ("tensors", "formats", "error as is", "scale dB", "rotate dB", "rotate and scale dB")
+    table = console.table(head, [list(line.values()) for line in lines])
+    way = choice["chosen"].replace("_", " ")
+    bytes_ = f"{choice['bytes']['now']} B of matrices as is, {choice['bytes']['rotated']} B rotated"
+    paid = f" ({choice['decibels_for_bytes']:+.2f} dB)" if choice["decibels_for_bytes"] else ""
+    return (
+        f"{table}\n{bytes_}{paid}\n{choice['type']}: {way}, because {choice['reason']}; "
+        f"then quantize with --method {choice['method']}"
+    )

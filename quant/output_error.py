@@ -27,19 +27,30 @@ def moment_of(importance: Importance, source: Checkpoint, name: str) -> torch.Te
     return None if means is None else torch.from_numpy(means)
 
 
-def energy(matrix: torch.Tensor, moment: torch.Tensor) -> float:
-    """tr(M H M^T) of float32 rows M (rows, cols), or sum_c H_cc |m_c|^2 where the moment is a diagonal (cols,)."""
+def energies(matrix: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """m H m^T of each float32 row m of a matrix (rows, cols); H may be a diagonal (cols,). Float64 (rows,)."""
     product = matrix @ moment if moment.dim() == 2 else matrix * moment
-    return float((product * matrix).sum(dtype=torch.float64))
+    return (product * matrix).sum(1, dtype=torch.float64)
 
 
-def output_error(weights: torch.Tensor, decoded: torch.Tensor, moment: torch.Tensor, workers: Workers) -> float:
-    """tr(E H E^T) / tr(W H W^T) of weights W (rows, cols) that were rounded to `decoded`."""
+def output_error(
+    weights: torch.Tensor,
+    decoded: torch.Tensor,
+    moment: torch.Tensor,
+    workers: Workers,
+    counts: torch.Tensor | None = None,
+) -> float:
+    """tr(E H E^T) / tr(W H W^T) of weights W (rows, cols) that were rounded to `decoded`.
+
+    `counts` (rows,), whose mean is one, says how much the error of each output channel matters.
+    """
 
     def measure(first: int) -> tuple[float, float]:
         rows = weights[first : first + ROWS].to(torch.float32)
         error = decoded[first : first + ROWS].to(torch.float32) - rows
-        return energy(error, moment), energy(rows, moment)
+        lost = energies(error, moment)
+        lost = lost if counts is None else lost * counts[first : first + ROWS]
+        return float(lost.sum()), float(energies(rows, moment).sum())
 
     sums = list(workers.map(measure, range(0, len(weights), ROWS)))
     lost, whole = np.sum(sums, axis=0)
@@ -51,7 +62,11 @@ def digits(error: float) -> float:
     return float(f"{error:.6g}")
 
 
+def every(values: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of the rows, evenly spread."""
+    return values[:: -(-len(values) // most)]
+
+
 def sampled(weights: torch.Tensor, most: int) -> torch.Tensor:
     """At most `most` rows, evenly spread, as contiguous float32."""
-    step = -(-len(weights) // most)
-    return weights[::step].to(torch.float32).contiguous()
+    return every(weights, most).to(torch.float32).contiguous()

@@ -227,17 +227,22 @@ def prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importanc
     config = _resolve(source, config, budget, importance)
     if budget:
         check_statistics(budget, importance)
-    shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
     # With a budget the mixture only stands in for what will be chosen.
     mixture = config.type or config.like or DEFAULT_TYPE
-    policy = Policy(mixture, config.pure, _patterns(config, list(shapes)), config.embedding_type, config.output_type)
-    model = model_of(source.family, source.numbers, shapes, importance is not None)
-    choices = choose_formats(shapes, policy, model)
+    patterns = _patterns(config, source.names())
+    policy = Policy(mixture, config.pure, patterns, config.embedding_type, config.output_type)
+    choices = choices_for(source, policy, statistics=importance is not None)
     method = method_named(str(config.method))
     check_granularity(method.rounding, config.granularity, {name: choice.format for name, choice in choices.items()})
     rescaling.check(source, method, importance, config.alpha)
     warnings = warnings_of(source, method, importance, choices)
     return Task(source, config, method, importance, choices, warnings, policy, budget)
+
+
+def choices_for(source: Checkpoint, policy: Policy, *, statistics: bool) -> dict[str, Choice]:
+    """The format of every matrix of a model; `statistics`: whether there are any to weigh the errors."""
+    shapes = {name: source.info(name).shape for names in source.shards().values() for name in names}
+    return choose_formats(shapes, policy, model_of(source.family, source.numbers, shapes, statistics))
 
 
 def warnings_of(

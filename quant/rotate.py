@@ -10,6 +10,7 @@ matrices that read the site and to every column of those that write it: scalar p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from rondel.quant.fold import folded_norms
 from rondel.quant.rotate_checks import validate
 from rondel.quant.rotate_config import RotateConfig, resolved_target, unties_head
 from rondel.quant.rotated_stats import MovedStats
-from rondel.quant.rotation_search import RotationSearch, planned
+from rondel.quant.rotation_choice import BOTH, ROTATE, check_choice, choose
+from rondel.quant.rotation_search import Found, RotationSearch, planned
 from rondel.quant.rotator import Rotator
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import Workers, check_device
@@ -34,6 +36,8 @@ from rondel.quant.workers import Workers, check_device
 __all__ = ["RotateConfig", "plan", "rotate"]
 
 FLOAT32_BYTES = 4
+CHOICE = "choice"  # of the journal alone: an interrupted run does not measure again
+TURNED = (ROTATE, BOTH)
 
 
 def _shards(source: Checkpoint, config: RotateConfig) -> dict[str, list[str]]:
@@ -44,9 +48,28 @@ def _shards(source: Checkpoint, config: RotateConfig) -> dict[str, list[str]]:
     return shards
 
 
-def plan(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> dict[str, Any]:
-    """What rotate would do: rotations with their blocks and cost, folded norms, and the bytes of the tensors."""
+def before_statistics(config: RotateConfig) -> RotateConfig:
+    """What of the settings can be checked while calibrate is still to run: no choice, no rotation made from text."""
+    return replace(config, auto=None, kind="hadamard" if config.kind == "dfrot" else config.kind)
+
+
+def plan(
+    source: Checkpoint,
+    config: RotateConfig,
+    stats: Stats | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What rotate would do: rotations with their blocks and cost, folded norms, and the bytes of the tensors.
+
+    With `auto` the choice is made; its table is in "choice".
+    """
     rotations = validate(source, config, stats)
+    choice = {}
+    if config.auto is not None:
+        with Workers(threads) as workers:
+            choice = {"choice": _measure(source, config, stats, workers, progress=progress)}
     names = [name for shard in _shards(source, config).values() for name in shard]
     elements = sum(torch.Size(source.info(name if name in source else source.head()).shape).numel() for name in names)
     return {
@@ -68,7 +91,37 @@ def plan(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -
         "tries": config.tries,
         "tensors": len(names),
         "tensor_bytes": elements * FLOAT32_BYTES,
+        **choice,
     }
+
+
+def _measure(
+    source: Checkpoint,
+    config: RotateConfig,
+    stats: Stats | None,
+    workers: Workers,
+    *,
+    found: Found | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    check_choice(source, config, stats)
+    assert stats is not None, "a choice without statistics was refused"
+    found = found or RotationSearch(source, config, stats, workers).find(progress)
+    return choose(source, config, stats, found.rotations, workers=workers, progress=progress)
+
+
+def _leave(
+    source: Checkpoint, output: StageOutput, manifest: dict[str, Any], stats: Stats | None, workers: Workers
+) -> None:
+    """Finish with the model and its statistics as they are."""
+    shards = source.shards()
+    for shard, names in shards.items():
+        if not output.done(shard):
+            output.take(shard, source, names)
+    if stats is not None:
+        MovedStats(source, stats, [], workers).write(output.partial, output.stage)
+    (output.partial / f"{MATRICES}.safetensors").unlink(missing_ok=True)
+    output.finish(list(shards), manifest, source.side_files())
 
 
 def rotate(
@@ -85,9 +138,11 @@ def rotate(
     """Write the rotated model to `out`, all tensors F32; the function stays (1e-10 relative in float64 logits).
 
     `stats` (full second moments of the unrotated model) move into the new basis and are written to `out`/stats, where
-    quantize finds them. Raises RondelError for a rotated or quantized model and for what the family does not allow.
+    quantize finds them. With `auto` the model may be left as it is: the manifest's "rotation_choice" tells why. Raises
+    RondelError for a rotated or quantized model and for what the family does not allow.
     """
     validate(source, config, stats)
+    check_choice(source, config, stats)
     check_device(device)
     target = resolved_target(source, config)
     record = stage_record("rotate", config, source=source, stats=stats)
@@ -96,9 +151,21 @@ def rotate(
         return Checkpoint(out, read_manifest(out))
     shards = _shards(source, config)
     total = len(shards) + (stats is not None)
+    manifest = {
+        **source.carried(),
+        **({"target": target} if target else {}),
+        "stages": [*source.stages, record],
+    }
     with Workers(threads) as workers:
         found = RotationSearch(source, config, stats, workers, device).kept(output, progress)
         rotations = found.rotations
+        if config.auto is not None:
+            if not output.done(CHOICE):
+                output.write(CHOICE, {}, _measure(source, config, stats, workers, found=found, progress=progress))
+            manifest["rotation_choice"] = output.result(CHOICE)
+            if manifest["rotation_choice"]["chosen"] not in TURNED:
+                _leave(source, output, manifest, stats, workers)
+                return Checkpoint(out, read_manifest(out))
         rotator = Rotator(source, rotations, workers, device=device)
         for done, (shard, names) in enumerate(shards.items()):
             progress(done, total, shard)
@@ -108,17 +175,11 @@ def rotate(
             progress(len(shards), total, "statistics")
             MovedStats(source, stats, rotations, workers).write(output.partial, record)
     progress(total, total, "done")
-    carried = source.carried()
-    manifest = {
-        **carried,
-        "hyperparameters": {
-            **carried["hyperparameters"],
-            "tied": carried["hyperparameters"]["tied"] and not unties_head(source, config),
-        },
-        **({"target": target} if target else {}),
+    numbers = manifest["hyperparameters"]
+    manifest |= {
+        "hyperparameters": {**numbers, "tied": numbers["tied"] and not unties_head(source, config)},
         "rotations": [rotation.to_json() for rotation in rotations],
         **({"rotation_search": found.told} if found.told else {}),
-        "stages": [*source.stages, record],
     }
     output.finish(list(shards), manifest, source.side_files())
     return Checkpoint(out, read_manifest(out))

@@ -30,6 +30,7 @@ class RotateConfig:
     tries: int = 1  # seeds from `seed` on; the best is taken, by `type` with statistics, else by fourth powers
     type: str = "Q4_0"  # the format that tries are judged by
     massive: Literal["keep", "weight", "ignore"] = "weight"  # what dfrot makes of massive tokens
+    auto: str | None = None  # a type of quantize: nothing turns unless models of that type gain by it
     target: Literal["llama.cpp", "rondel"] | None = None  # None: what an earlier stage fixed, else open
 
 

@@ -21,10 +21,18 @@ from rondel.quant.workers import Workers
 class RotatedView(Checkpoint):
     """`source` after the rotations of `config`, float64 tensors; the same function to 1e-10 of the largest logit."""
 
-    def __init__(self, source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        config: RotateConfig,
+        stats: Stats | None = None,
+        rotations: list[Rotation] | None = None,
+    ) -> None:
+        """`rotations`: those of `config`, where they have been searched for already."""
         validate(source, config, stats)
-        with Workers() as workers:
-            rotations = RotationSearch(source, config, stats, workers).find().rotations
+        if rotations is None:
+            with Workers() as workers:
+                rotations = RotationSearch(source, config, stats, workers).find().rotations
         tensors = dict(source.manifest["tensors"])
         if unties_head(source, config):
             tensors[OUTPUT] = tensors[source.head()]

@@ -17,7 +17,7 @@ from rondel.native.formats import decode, feeds_back
 from rondel.quant.factorization import Factor, factorize
 from rondel.quant.feedback import feed_back
 from rondel.quant.importance import Importance
-from rondel.quant.output_error import moment_of, output_error, sampled
+from rondel.quant.output_error import every, moment_of, output_error, sampled
 from rondel.quant.rescaled_view import Place, by_query_head, obstacle, over_query_heads
 from rondel.quant.rounding import Encoder
 from rondel.quant.workers import Workers
@@ -44,12 +44,13 @@ def shared_means(source: Checkpoint, site: str, means: torch.Tensor) -> torch.Te
 
 
 class Trial:
-    """The linears of a block that read one place, and what they read: `moment` (d, d), or its diagonal (d,)."""
+    """The linears that read one place, and what they read: `moment` (d, d), or its diagonal (d,)."""
 
     def __init__(self, source: Checkpoint, place: Place, moment: torch.Tensor) -> None:
         layer, site = place
-        assert layer is not None
-        self.names = [block_tensor(layer, linear.role) for linear in source.family.readers(site)]
+        self.names = [source.head()]
+        if layer is not None:
+            self.names = [block_tensor(layer, linear.role) for linear in source.family.readers(site)]
         self.weights = [sampled(source.read(name), ROWS_MEASURED) for name in self.names]
         self.moment = moment
         self.means = moment.diagonal() if moment.dim() == 2 else moment
@@ -57,15 +58,25 @@ class Trial:
         self.rescalable = obstacle(source, place) is None
         self._factor: Factor | None = None
 
-    def errors(self, rounding: Rounding, scale: torch.Tensor | None, workers: Workers) -> list[float]:
-        """The relative output error of each linear with its columns multiplied by the scale (d,) F32, or by ones."""
+    def errors(
+        self,
+        rounding: Rounding,
+        scale: torch.Tensor | None,
+        workers: Workers,
+        counts: Mapping[str, torch.Tensor] | None = None,
+    ) -> list[float]:
+        """The relative output error of each linear with its columns multiplied by the scale (d,) F32, or by ones.
+
+        `counts` (rows,) by a linear's name say how much its rows matter, with the mean one.
+        """
         scale = torch.ones(len(self.means)) if scale is None else scale
-        return [
-            output_error(
-                weights, self._rounded(name, weights * scale, rounding, scale, workers) / scale, self.moment, workers
-            )
-            for name, weights in zip(self.names, self.weights, strict=True)
-        ]
+        found = []
+        for name, weights in zip(self.names, self.weights, strict=True):
+            rounded = self._rounded(name, weights * scale, rounding, scale, workers) / scale
+            count = (counts or {}).get(name)
+            matter = None if count is None else every(count, ROWS_MEASURED)
+            found.append(output_error(weights, rounded, self.moment, workers, matter))
+        return found
 
     def _rounded(
         self, name: str, scaled: torch.Tensor, rounding: Rounding, scale: torch.Tensor, workers: Workers
