@@ -61,6 +61,14 @@ AutoOption = Annotated[
         "table, and leave the model as it is unless rotating gains. Needs --stats.",
     ),
 ]
+UndoOption = Annotated[
+    bool,
+    typer.Option(
+        "--undo",
+        help="Write rotated float MODEL in its original basis again, as for merging a LoRA. Other options that say "
+        "what to turn mean nothing then.",
+    ),
+]
 
 
 def rotate(
@@ -104,6 +112,7 @@ def rotate(
     type_: TypeOption = "Q4_0",
     massive: MassiveOption = "weight",
     auto: AutoOption = None,
+    undo: UndoOption = False,
     seed: SeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -126,10 +135,13 @@ def rotate(
       rondel rotate MODEL --stats calib/ -o rotated/
       rondel rotate MODEL --stats calib/ --kind optrot --tries 4 --type Q2_K -o rotated/
       rondel rotate MODEL --stats calib/ --auto Q2_K -o rotated/
+      rondel rotate rotated/ --undo -o original/
     """
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import open_stats
     from rondel.quant import rotate as stage
+    from rondel.quant.unrotate import plan_undo
+    from rondel.quant.unrotate import undo as undo_stage
 
     config = stage.RotateConfig(
         residual=residual,
@@ -149,6 +161,14 @@ def rotate(
         target=target,
     )
     source = open_checkpoint(model)
+    if undo:
+        if stats or auto:
+            raise typer.BadParameter("--undo takes neither --stats nor --auto: statistics stay in the rotated basis")
+        if dry_run:
+            return console.plan(plan_undo(source), as_json=as_json)
+        with console.progress(quiet=quiet) as progress:
+            made = undo_stage(source, output, threads=threads, device=device, force=force, progress=progress)
+        return console.result(*console.written("rotate", output, made.manifest), as_json=as_json, quiet=quiet)
     seen = open_stats(stats) if stats else None
     if dry_run:
         with console.progress(quiet=quiet) as progress:

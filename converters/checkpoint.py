@@ -26,7 +26,7 @@ from rondel.converters.family import (
 )
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest, read_tensor, sha256_of
 from rondel.converters.manifest import digest_of
-from rondel.converters.rotation import MATRICES, ORTHOGONAL, Rotation, matrix_name, site_size
+from rondel.converters.rotation import GAINS, MATRICES, ORTHOGONAL, Rotation, matrix_name, site_size
 
 # What travels unchanged beside the tensors.
 SIDE_FILES = (
@@ -42,6 +42,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "README.md",  # the model card: its licence goes into the GGUF
     f"{MATRICES}.safetensors",  # of the basis that the weights stand in
+    f"{GAINS}.safetensors",  # of the norms that folding left as ones
 )
 SIZES = ("vocabulary", "context", "width", "layers", "hidden", "heads", "kv_heads", "head_dim")
 

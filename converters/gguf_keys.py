@@ -118,6 +118,7 @@ class Rondel:
     RECIPE = "rondel.recipe"
     REPLICATION = "rondel.replication."
     ROTATION_COUNT = "rondel.rotation.count"
+    BASIS = "rondel.rotation.sha256"  # of an imatrix file: hash of the rotations behind which it was measured
     ROTATION = "rondel.rotation.{index}.{field}"
 
 

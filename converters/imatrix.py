@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rondel.converters.errors import RondelError
-from rondel.converters.gguf_keys import ALIGNMENT, MAGIC, General
+from rondel.converters.gguf_keys import ALIGNMENT, MAGIC, General, Rondel
 from rondel.converters.gguf_keys import Imatrix as Keys
 from rondel.converters.gguf_reader import F32, GgufFile
 from rondel.converters.gguf_writer import MAX_NAME_BYTES, Entry, write_gguf
@@ -32,6 +32,7 @@ class Imatrix:
     chunk_count: int | None = None
     chunk_size: int | None = None  # tokens
     datasets: list[str] = field(default_factory=list)
+    basis: str | None = None  # `rotation.basis_hash` of the model's rotations, None where it had none
 
 
 class _Malformed(ValueError):
@@ -74,13 +75,16 @@ def _read_gguf(path: Path) -> Imatrix:
         counts[name] = float(seen.max())
     if not values:
         raise RondelError(f"{path}: holds no {Keys.SUMS} tensors; run llama-imatrix or rondel calibrate again")
-    datasets = file.keys.get(Keys.DATASETS)
+    datasets, basis = file.keys.get(Keys.DATASETS), file.keys.get(Rondel.BASIS)
+    if basis is not None and not isinstance(basis, str):
+        raise RondelError(f"{path}: key {Rondel.BASIS} is not a text")
     return Imatrix(
         values,
         counts,
         _number(path, file.keys, Keys.CHUNK_COUNT),
         _number(path, file.keys, Keys.CHUNK_SIZE),
         list(datasets) if isinstance(datasets, list) else [],
+        basis,
     )
 
 
@@ -146,10 +150,12 @@ def write_imatrix(
     datasets: Sequence[str],
     chunk_size: int,
     chunk_count: int,
+    basis: str | None = None,
 ) -> None:
     """Write llama.cpp's form: per tensor name the sums of squares, (cols,), and the number of tokens they ran over.
 
-    Of `datasets` only the last part of each path is kept. The file appears whole or not at all.
+    Of `datasets` only the last part of each path is kept. `basis`: hash of the model's rotations, where it has any. The
+    file appears whole or not at all.
     """
     entries: list[Entry] = []
     arrays: list[np.ndarray] = []
@@ -168,6 +174,7 @@ def write_imatrix(
         Keys.DATASETS: [Path(dataset).name for dataset in datasets],
         Keys.CHUNK_COUNT: chunk_count,
         Keys.CHUNK_SIZE: chunk_size,
+        **({Rondel.BASIS: basis} if basis else {}),
     }
     partial = path.with_name(path.name + ".partial")
     try:

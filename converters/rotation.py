@@ -19,21 +19,30 @@ Its site says which vectors turn, its size how many channels of them have a sign
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from rondel.converters.family import Hyperparameters
+from rondel.converters.manifest import digest_of
 
 if TYPE_CHECKING:
     import torch
 
 HADAMARD, ORTHOGONAL = "hadamard", "orthogonal"
 MATRICES = "rotations"  # the shard of the matrices in a checkpoint's folder; it travels beside the tensors
+GAINS = "gains"  # likewise of the gains that folding took out of the norms
+BASIS = ("site", "kind", "online", "size", "block", "signs", "layers", "sha256")  # what of a record decides the basis
 
 
 def matrix_name(index: int) -> str:
     """The tensor that holds the matrix of a model's rotation `index`."""
     return f"rotation.{index}"
+
+
+def basis_hash(records: Sequence[dict[str, Any]]) -> str | None:
+    """A hash of the basis that a manifest's rotations lead to; None for the basis that a model came in."""
+    return digest_of([{key: record.get(key) for key in BASIS} for record in records]) if records else None
 
 
 @dataclass(frozen=True)

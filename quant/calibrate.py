@@ -21,6 +21,7 @@ from rondel.converters.folder import read_manifest, read_tensor
 from rondel.converters.imatrix import write_imatrix
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
+from rondel.converters.rotation import basis_hash
 from rondel.converters.stats import OUTPUT_IN, TEXT, WINDOWS, Stats, site_tensor
 from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
@@ -242,4 +243,5 @@ def _write_imatrix(source: Checkpoint, text: CalibrationText, output: StageOutpu
         datasets=text.names,
         chunk_size=text.windows.shape[1],
         chunk_count=len(text.windows),
+        basis=basis_hash(source.manifest.get("rotations", [])),
     )

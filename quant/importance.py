@@ -15,6 +15,7 @@ from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import OUTPUT
 from rondel.converters.imatrix import read_imatrix
+from rondel.converters.rotation import basis_hash
 from rondel.converters.stats import OUTPUT_IN, Stats
 
 Means = NDArray[np.float32]
@@ -28,6 +29,7 @@ class Importance:
     matrices: Mapping[str, Means] = field(default_factory=dict)  # of an imatrix file, by canonical tensor name
     name: str = "the statistics"  # for messages
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    basis: str | None = None  # of an imatrix file: hash of the rotations that its model had gone through
 
     def of(self, source: Checkpoint, name: str) -> Means | None:
         """Mean squares (cols,) of what the matrix `name` reads, or None where nothing was measured.
@@ -53,7 +55,8 @@ class Importance:
 
 def open_imatrix(path: Path) -> Importance:
     """The means of an imatrix file, of llama.cpp or of calibrate."""
-    return Importance(matrices=read_imatrix(path).values, name=str(path))
+    found = read_imatrix(path)
+    return Importance(matrices=found.values, name=str(path), basis=found.basis)
 
 
 def importance_of(stats: Stats) -> Importance:
@@ -80,10 +83,12 @@ def check_importance(importance: Importance, source: Checkpoint, names: list[str
             f"({len(importance.stats.rotations)} rotations against {len(rotations)}); "
             "use the statistics that rotate wrote, or calibrate the rotated model"
         )
-    if importance.stats is None and rotations:
+    if importance.stats is None and importance.basis != basis_hash(rotations):
+        measured = "behind other rotations than" if importance.basis else "on a model that is not rotated, unlike"
+        measured = measured if rotations else "on a rotated model, unlike"
         raise RondelError(
-            f"{source.root}: is rotated, and an imatrix file does not say in which basis it was measured; "
-            "use the statistics that rotate wrote, or calibrate the rotated model"
+            f"{importance.name}: was measured {measured} {source.root}; run rondel calibrate on this very model, "
+            "or use the statistics that rotate wrote"
         )
     for name in names:
         means = importance.of(source, name)

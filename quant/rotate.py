@@ -18,10 +18,10 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.family import OUTPUT
-from rondel.converters.folder import read_manifest
+from rondel.converters.folder import read_manifest, sha256_of
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
-from rondel.converters.rotation import MATRICES
+from rondel.converters.rotation import GAINS, MATRICES
 from rondel.converters.stats import MOVED, Stats
 from rondel.quant.fold import folded_norms
 from rondel.quant.rotate_checks import validate
@@ -146,7 +146,8 @@ def rotate(
     check_device(device)
     target = resolved_target(source, config)
     record = stage_record("rotate", config, source=source, stats=stats)
-    output = StageOutput(out, record, force=force, beside=(MOVED, f"{MATRICES}.safetensors"))
+    beside = (MOVED, f"{MATRICES}.safetensors", f"{GAINS}.safetensors")
+    output = StageOutput(out, record, force=force, beside=beside)
     if output.finished:
         return Checkpoint(out, read_manifest(out))
     shards = _shards(source, config)
@@ -174,11 +175,20 @@ def rotate(
         if stats is not None:
             progress(len(shards), total, "statistics")
             MovedStats(source, stats, rotations, workers).write(output.partial, record)
+        gains = {name: source.read(name) for name in sorted(rotator.folded)}
+        if gains and not output.done(GAINS):
+            output.write(GAINS, gains)
     progress(total, total, "done")
     numbers = manifest["hyperparameters"]
     manifest |= {
         "hyperparameters": {**numbers, "tied": numbers["tied"] and not unties_head(source, config)},
         "rotations": [rotation.to_json() for rotation in rotations],
+        # What undoing it needs.
+        "folded": {
+            "norms": {name: sha256_of(gain) for name, gain in gains.items()},
+            "untied": unties_head(source, config),
+            "fixed_target": "target" not in source.manifest and target is not None,
+        },
         **({"rotation_search": found.told} if found.told else {}),
     }
     output.finish(list(shards), manifest, source.side_files())

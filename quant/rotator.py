@@ -39,7 +39,7 @@ class Rotator:
     def tensor(self, name: str) -> torch.Tensor:
         """The rotated tensor of that name."""
         if name in self.folded:
-            return torch.ones(self.source.info(name).shape, dtype=self.dtype)
+            return self.norm(name)
         linear = self.source.family.linear_of(name)
         if linear is None and name not in (EMBEDDING, OUTPUT):
             return self.source.read_float(name, self.dtype)
@@ -54,8 +54,25 @@ class Rotator:
         if place is None:
             return weight.to(self.dtype)
         gain = folded_gain(self.source, self.rotations, *place)
-        gains = self.source.read_float(gain, torch.float64).to(self.device) if gain else None
+        gains = self.gain(gain).to(self.device) if gain else None
         return self._turn_columns(weight, self.turned.get(place[1]), gains)
+
+    def norm(self, name: str) -> torch.Tensor:
+        """What stays of a norm whose gain was folded."""
+        return torch.ones(self.source.info(name).shape, dtype=self.dtype)
+
+    def gain(self, name: str) -> torch.Tensor:
+        """The gain to fold, float64."""
+        return self.source.read_float(name, torch.float64)
+
+    def turn(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """The rotation on the last axis."""
+        return rotate_channels(x, rotation)
+
+    def columns(self, part: torch.Tensor, rotation: Rotation | None, gain: torch.Tensor | None) -> torch.Tensor:
+        """Some rows of a matrix whose columns meet the rotation's channels, with a gain before."""
+        part = part if gain is None else part * gain
+        return part if rotation is None else self.turn(part, rotation)
 
     def _turn_rows(self, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
         """The weight (rows, cols) or bias (rows,) after turning the channels that its rows write, site by site."""
@@ -79,7 +96,7 @@ class Rotator:
 
         def turn(first: int) -> None:
             part = rows[..., first : first + CHUNK].to(self.device).flatten(0, 1)
-            rows[..., first : first + CHUNK] = rotate_channels(part.T, rotation).T.reshape(*shape[:2], -1).cpu()
+            rows[..., first : first + CHUNK] = self.turn(part.T, rotation).T.reshape(*shape[:2], -1).cpu()
 
         self.workers.run(turn, range(0, shape[2], CHUNK))
 
@@ -91,9 +108,7 @@ class Rotator:
 
         def turn(first: int) -> None:
             part = weight[first : first + CHUNK].to(self.device, torch.float64)
-            part = part if gain is None else part * gain
-            part = part if rotation is None else rotate_channels(part, rotation)
-            out[first : first + CHUNK] = part.to(self.dtype).cpu()
+            out[first : first + CHUNK] = self.columns(part, rotation, gain).to(self.dtype).cpu()
 
         self.workers.run(turn, range(0, weight.shape[0], CHUNK))
         return out

@@ -16,6 +16,8 @@ from rondel.converters.stats import Stats, open_stats
 from rondel.quant import calibrate as stage
 from rondel.quant.calibrate import CalibrateConfig, calibrate, plan
 from rondel.quant.calibration_text import CalibrationText, tokenize
+from rondel.quant.importance import open_imatrix
+from rondel.quant.quantize_task import QuantizeConfig, prepare
 from rondel.quant.rotate import RotateConfig, rotate
 from tests.tiny import tiny_model
 
@@ -216,3 +218,26 @@ def test_the_text_travels_as_token_ids(tmp_path):
     small = {**stats.manifest["hyperparameters"], "vocabulary": 100}
     with pytest.raises(RondelError, match="expected int32 windows of tokens below 100"):
         Stats(stats.root, {**stats.manifest, "hyperparameters": small}).windows()
+
+
+def test_an_imatrix_belongs_to_its_basis(tmp_path):
+    """The file tells behind which rotations it was measured, and quantize takes it for no other model."""
+    source, text = model("qwen3", tmp_path), windows()
+    turned = [rotate(source, tmp_path / f"rotated-{seed}", RotateConfig(seed=seed)) for seed in (0, 1)]
+    models = {"plain": source, "first": turned[0], "second": turned[1]}
+    files = {}
+    for name, each in models.items():
+        calibrate(each, tmp_path / f"calib-{name}", CONFIG, text)
+        files[name] = open_imatrix(tmp_path / f"calib-{name}" / "imatrix.gguf")
+    assert files["plain"].basis is None
+    assert files["first"].basis != files["second"].basis
+    reasons = {
+        ("plain", "first"): "on a rotated model, unlike",
+        ("first", "plain"): "on a model that is not rotated, unlike",
+        ("first", "second"): "behind other rotations than",
+    }
+    for (which, given), reason in reasons.items():
+        with pytest.raises(RondelError, match=reason):
+            prepare(models[which], QuantizeConfig("Q4_0"), files[given])
+    for name, each in models.items():
+        prepare(each, QuantizeConfig("Q4_0"), files[name])
