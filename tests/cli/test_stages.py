@@ -151,3 +151,21 @@ def test_bench_measures(model: Path, tmp_path: Path) -> None:
     assert all(told[speed] > 0 for speed in speeds)
     assert told["bytes_per_token"] > 0
     assert told["threads"] == 1
+
+
+def test_rotate_tells_its_choice_and_is_undone(model: Path, calib: Path, tmp_path: Path) -> None:
+    auto = ["rotate", model, "--stats", calib, "--auto", "Q4_0"]
+    planned = json.loads(rondel(*auto, "-o", tmp_path / "out", "--dry-run", "--json").stdout)["choice"]
+    assert planned["bytes"]["rotated"] > planned["bytes"]["now"]
+    done = rondel(*auto, "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["choice"] == planned
+    told = rondel(*auto, "-o", tmp_path / "out").stdout
+    assert "rotate and scale dB" in told
+    assert f"then quantize with --method {planned['method']}" in told
+    assert isinstance(rondel("rotate", model, "--undo", "-o", tmp_path / "undone").exception, RondelError)
+    assert rondel("rotate", model, "-o", tmp_path / "rotated", "--quiet").exit_code == 0
+    assert rondel("rotate", tmp_path / "rotated", "--undo", "--auto", "Q4_0", "-o", tmp_path / "undone").exit_code == 2
+    assert json.loads(
+        rondel("rotate", tmp_path / "rotated", "--undo", "-o", tmp_path / "x", "--dry-run", "--json").stdout
+    )["ties_head"]
+    assert rondel("rotate", tmp_path / "rotated", "--undo", "-o", tmp_path / "undone", "--quiet").exit_code == 0
