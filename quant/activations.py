@@ -24,8 +24,20 @@ from rondel.quant.workers import Workers
 MASSIVE = 100.0
 TILE = 256  # rows of a second moment that one worker adds up at a time
 MASSIVE_KEPT = 32  # the largest ones of a layer go to the manifest
+LARGEST_SHARE = 0.001  # of a window's values: where in the text these stand is the other rule, which needs no threshold
+POSITIONS_KEPT = 8
 
 Massive = tuple[float, int, int]  # value, position, channel
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One window of the residual stream: norms (tokens,), massive activations, and where its largest values stand."""
+
+    norms: torch.Tensor
+    massive: list[Massive]
+    limit: float  # the magnitude of the smallest of the largest 0.1 %
+    largest: torch.Tensor  # how many of those each position has (tokens,)
 
 
 class SiteSums:
@@ -141,14 +153,22 @@ class StreamSummary:
 
     norms: list[torch.Tensor] = field(default_factory=list)
     massive: list[tuple[float, int, int, int]] = field(default_factory=list)  # value, window, position, channel
+    limits: list[float] = field(default_factory=list)
+    largest: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, window: int, norms: torch.Tensor, massive: list[Massive]) -> None:
-        """Take in one window: norms (tokens,), and its massive activations as value, position, channel."""
-        self.norms.append(norms)
-        self.massive += [(value, window, position, channel) for value, position, channel in massive]
+    def add(self, window: int, seen: Stream) -> None:
+        """Take in one window."""
+        self.norms.append(seen.norms)
+        self.massive += [(value, window, position, channel) for value, position, channel in seen.massive]
+        self.limits.append(seen.limit)
+        self.largest.append(seen.largest)
 
     def to_json(self) -> dict[str, Any]:
-        """Mean, median and largest norm, and the largest massive activations."""
+        """Mean, median and largest norm, the largest massive activations, and which positions the largest 0.1 % share.
+
+        Where outliers belong to tokens, as at the first one, a few positions have them all; those of channels are
+        everywhere.
+        """
         norms = torch.cat(self.norms).to(torch.float64).sort().values
         largest = sorted(self.massive, key=lambda found: (-abs(found[0]), *found[1:]))[:MASSIVE_KEPT]
         keys = ("value", "window", "position", "channel")
@@ -160,14 +180,25 @@ class StreamSummary:
             },
             "massive_activations": [dict(zip(keys, found, strict=True)) for found in largest],
             "massive_count": len(self.massive),
+            "magnitude_99_9": sum(self.limits) / len(self.limits),
+            "positions_99_9": self._positions(),
         }
 
+    def _positions(self) -> list[dict[str, Any]]:
+        """The positions with most of the largest 0.1 %, and the share that each has."""
+        counts = torch.stack(self.largest).sum(0)
+        order = sorted(range(len(counts)), key=lambda position: (-int(counts[position]), position))
+        shares = [(position, int(counts[position]) / int(counts.sum())) for position in order[:POSITIONS_KEPT]]
+        return [{"position": position, "share": share} for position, share in shares if share > 0]
 
-def stream_of(x: torch.Tensor) -> tuple[torch.Tensor, list[Massive]]:
-    """Norms (tokens,) and massive activations (value, position, channel) of one window's stream (tokens, width)."""
-    limit = MASSIVE * x.abs().mean()
-    places = (x.abs() > limit).nonzero().tolist()
-    return x.norm(dim=1).cpu(), [(float(x[position, channel]), position, channel) for position, channel in places]
+
+def stream_of(x: torch.Tensor) -> Stream:
+    """What is measured of one window's stream (tokens, width)."""
+    sizes = x.abs()
+    places = (sizes > MASSIVE * sizes.mean()).nonzero().tolist()
+    massive = [(float(x[position, channel]), position, channel) for position, channel in places]
+    limit = sizes.flatten().topk(max(1, int(LARGEST_SHARE * sizes.numel()))).values[-1]
+    return Stream(x.norm(dim=1).cpu(), massive, float(limit), (sizes >= limit).sum(1).cpu())
 
 
 class SiteReached(Exception):

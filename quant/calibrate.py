@@ -23,7 +23,7 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.rotation import basis_hash
 from rondel.converters.stats import OUTPUT_IN, TEXT, WINDOWS, Stats, site_tensor
-from rondel.quant.activations import LayerSums, Massive, SiteHooks, StreamSummary, stream_of
+from rondel.quant.activations import LayerSums, SiteHooks, Stream, StreamSummary, stream_of
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.decoder_layers import DecoderLayers
 from rondel.quant.hidden_states import FLOAT32_BYTES, HiddenStates
@@ -77,7 +77,7 @@ class _Run:
         sums, stream = LayerSums(diagonal=self.config.diagonal), StreamSummary()
         with SiteHooks(module, self.source.family, online) as hooks:
 
-            def forward(window: int) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, list[Massive]]]:
+            def forward(window: int) -> tuple[dict[str, torch.Tensor], Stream]:
                 # Gradients are switched off for each thread by itself.
                 with torch.no_grad():
                     hooks.start()
@@ -88,7 +88,7 @@ class _Run:
             for group in self.groups(workers):
                 seen = list(workers.map(forward, group))
                 for window, (_, found) in zip(group, seen, strict=True):
-                    stream.add(window, *found)
+                    stream.add(window, found)
                 if measure:
                     sums.add([sites for sites, _ in seen], workers)
         return sums.tensors(layer), stream.to_json()

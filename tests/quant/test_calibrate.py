@@ -14,6 +14,7 @@ from rondel.converters.errors import RondelError
 from rondel.converters.imatrix import read_imatrix
 from rondel.converters.stats import Stats, open_stats
 from rondel.quant import calibrate as stage
+from rondel.quant.activations import StreamSummary, stream_of
 from rondel.quant.calibrate import CalibrateConfig, calibrate, plan
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.importance import open_imatrix
@@ -218,6 +219,23 @@ def test_the_text_travels_as_token_ids(tmp_path):
     small = {**stats.manifest["hyperparameters"], "vocabulary": 100}
     with pytest.raises(RondelError, match="expected int32 windows of tokens below 100"):
         Stats(stats.root, {**stats.manifest, "hyperparameters": small}).windows()
+
+
+def test_positions_that_hold_the_largest_values_are_told() -> None:
+    """Outliers of a token stand at its position; those of a channel are spread over all."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    tokens, channels = StreamSummary(), StreamSummary()
+    spiked = x.clone()
+    spiked[0, [3, 9]] = 50.0
+    tokens.add(0, stream_of(spiked))
+    (first,) = tokens.to_json()["positions_99_9"]
+    assert first == {"position": 0, "share": 1.0}
+    assert tokens.to_json()["magnitude_99_9"] == 50.0
+    for window in range(4):
+        channels.add(window, stream_of(x.roll(7 * window, 0)))
+    shares = [one["share"] for one in channels.to_json()["positions_99_9"]]
+    assert len(shares) > 1
+    assert max(shares) < 1
 
 
 def test_an_imatrix_belongs_to_its_basis(tmp_path):
