@@ -128,7 +128,11 @@ def test_begin_token_comes_once(tmp_path: Path) -> None:
 def test_interrupt_ends_cleanly(model: Path) -> None:
     command = [sys.executable, "-m", "rondel.cli", "run", str(model), "-p", "the", "-n", "-1"]
     running = subprocess.Popen(
-        [*command, "--context", "100000", "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--context", "100000", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that starts the tests in the background has them ignore interrupts, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - nothing here holds a lock
     )
     assert running.stdout is not None
     assert running.stdout.read(1)  # it has begun
