@@ -10,7 +10,7 @@ DEMO   ?= demo
 ROUNDS ?= 20
 WINDOWS ?= 16
 
-.PHONY: install install-peer native test demo bench-quality bench-encoders bench-hadamard lint format typecheck wheel-check fuzz clean
+.PHONY: install install-peer native test demo bench-quality bench-rotation bench-encoders bench-hadamard lint format typecheck wheel-check fuzz clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,10 @@ bench-hadamard: install
 # rondel's files and llama-quantize's, judged by unmodified llama.cpp; writes README's table. Long: every type, all texts.
 bench-quality: install-peer
 	$(BIN)/python benchmarks/quality.py --like IQ2_M,Q3_K_M --windows $(WINDOWS) --write-readme
+
+# Rotations of every kind beside scales and nothing, by type and method; writes README's table. Long.
+bench-rotation: install-peer
+	$(BIN)/python benchmarks/rotation.py --windows $(WINDOWS) --write-readme
 
 lint: install
 	$(BIN)/ruff check .
