@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the peer, which the tests own
 
 from benchmarks.case import Bench, digest, kept, rondel  # noqa: E402
-from benchmarks.quality import SHARED, default_cases  # noqa: E402
-from tests.peer.llama import find_library  # noqa: E402
+from benchmarks.command import SHARED, add_options, cases, publish  # noqa: E402
 
 WAYS = ("none", "scale", "hadamard", "dfrot", "optrot")
 METHODS = ("imatrix", "gptq")
 TYPES = ("Q2_K", "IQ2_XXS", "Q3_K", "Q4_K")
-WINDOWS = 16
-START, END = "<!-- rotation: written by benchmarks/rotation.py -->\n", "<!-- end of rotation -->\n"
 
 
 class RotationBench(Bench):
@@ -85,37 +81,20 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(text: str) -> None:
-    """Put the tables between the markers in README.md."""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    readme.write_text(before + START + text + END + rest.split(END)[1], encoding="utf-8")
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, action="append", help="a Hugging Face folder; may be repeated")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp's types, by commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="of rounding, by commas")
     parser.add_argument("--ways", default=",".join(WAYS), help="none, scale, and kinds of rotate, by commas")
-    parser.add_argument("--calibration", type=Path, help="a text")
-    parser.add_argument("--evaluation", type=Path, action="append", help="a text that calibration did not see; repeat")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"judged, of each text; default {WINDOWS}")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, default=ROOT / "build/quality", help="what is made on the way")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--write-readme", action="store_true", help="put the tables into README.md")
+    add_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run what the options ask for."""
     options = _options()
-    if find_library() is None:
-        raise SystemExit("unmodified llama.cpp is not installed: make install-peer")
-    options.work.mkdir(parents=True, exist_ok=True)
     prose = SHARED / "models/prose-7m"
-    models = options.model or ([prose] if prose.is_dir() else [ROOT / "tests/models/stories-4m"])
+    models = [prose if prose.is_dir() else ROOT / "tests/models/stories-4m"]
     wanted = [
         (way, method, type_)
         for type_ in options.types.split(",")
@@ -123,16 +102,13 @@ def main() -> None:
         for way in options.ways.split(",")
     ]
     told = []
-    for case in default_cases(models, options.calibration, options.evaluation or [], options.work):
+    for case in cases(options, models):
         bench = RotationBench(case, options.work, limit=options.windows, threads=options.threads)
         bench.prepare()
         rows = [bench.cell(*cell) for cell in wanted]
         facts = {"model": case.model.name, "evaluation": case.evaluation.name, "context": bench.context}
         told.append(facts | {"windows": len(bench.windows), "rows": rows})
-    text = "\n".join(map(table, told))
-    if options.write_readme:
-        write_readme(text)
-    print(json.dumps({"cases": told}, indent=1) if options.json else text)
+    publish(options, "rotation", told, table)
 
 
 if __name__ == "__main__":
