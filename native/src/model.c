@@ -80,23 +80,34 @@ static const char *layer_tensor(int index, const char *role, char name[GGUF_NAME
     return name;
 }
 
-static int bind_layer(struct binder *binder, int index, struct layer *layer) {
+static int bind_linears(struct binder *binder, int index, struct linear linear[ROLES]) {
     const struct hyperparameters *numbers = &binder->model->numbers;
     int64_t width = numbers->width, hidden = numbers->hidden, head_dim = numbers->head_dim;
     int64_t queries = numbers->heads * head_dim, keys = numbers->kv_heads * head_dim;
+    struct {
+        const char *name;
+        int64_t rows, cols;
+    } roles[ROLES] = {[ROLE_Q] = {"attn_q", queries, width},          [ROLE_K] = {"attn_k", keys, width},
+                      [ROLE_V] = {"attn_v", keys, width},             [ROLE_OUTPUT] = {"attn_output", width, queries},
+                      [ROLE_GATE] = {"ffn_gate", hidden, width},      [ROLE_UP] = {"ffn_up", hidden, width},
+                      [ROLE_DOWN] = {"ffn_down", width, hidden}};
+    char name[GGUF_NAME_BYTES];
+    for (int role = 0; role < ROLES; role++)
+        if (bind_linear(binder, layer_tensor(index, roles[role].name, name), roles[role].rows, roles[role].cols, &linear[role]))
+            return -1;
+    return 0;
+}
+
+static int bind_layer(struct binder *binder, int index, struct layer *layer) {
+    const struct hyperparameters *numbers = &binder->model->numbers;
+    int64_t width = numbers->width, head_dim = numbers->head_dim;
     int norms = numbers->head_norms;
     char name[GGUF_NAME_BYTES];
-    return bind_vector(binder, layer_tensor(index, "attn_norm.weight", name), width, 1, &layer->attn_norm) ||
-           bind_vector(binder, layer_tensor(index, "ffn_norm.weight", name), width, 1, &layer->ffn_norm) ||
+    return bind_vector(binder, layer_tensor(index, "attn_norm.weight", name), width, 1, &layer->norm[ATTENTION]) ||
+           bind_vector(binder, layer_tensor(index, "ffn_norm.weight", name), width, 1, &layer->norm[FFN]) ||
            (norms && bind_vector(binder, layer_tensor(index, "attn_q_norm.weight", name), head_dim, 1, &layer->q_norm)) ||
            (norms && bind_vector(binder, layer_tensor(index, "attn_k_norm.weight", name), head_dim, 1, &layer->k_norm)) ||
-           bind_linear(binder, layer_tensor(index, "attn_q", name), queries, width, &layer->q) ||
-           bind_linear(binder, layer_tensor(index, "attn_k", name), keys, width, &layer->k) ||
-           bind_linear(binder, layer_tensor(index, "attn_v", name), keys, width, &layer->v) ||
-           bind_linear(binder, layer_tensor(index, "attn_output", name), width, queries, &layer->output) ||
-           bind_linear(binder, layer_tensor(index, "ffn_gate", name), hidden, width, &layer->gate) ||
-           bind_linear(binder, layer_tensor(index, "ffn_up", name), hidden, width, &layer->up) ||
-           bind_linear(binder, layer_tensor(index, "ffn_down", name), width, hidden, &layer->down);
+           bind_linears(binder, index, layer->linear);
 }
 
 static int bind_rope(struct binder *binder) {

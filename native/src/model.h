@@ -14,14 +14,24 @@ struct linear {
     float scale;           /* of the whole tensor, 1 unless the file has NAME.scale */
 };
 
+enum part { ATTENTION, FFN, PARTS }; /* of a layer */
+
+/* The linears of a layer; those that read one input stand together. */
+enum role {
+    ROLE_Q,      /* (heads * head_dim, width) */
+    ROLE_K,      /* (kv_heads * head_dim, width) */
+    ROLE_V,      /* as K */
+    ROLE_OUTPUT, /* (width, heads * head_dim) */
+    ROLE_GATE,   /* (hidden, width) */
+    ROLE_UP,     /* as gate */
+    ROLE_DOWN,   /* (width, hidden) */
+    ROLES
+};
+
 struct layer {
-    const float *attn_norm, *ffn_norm;  /* (width) */
+    const float *norm[PARTS];           /* (width) */
     const float *q_norm, *k_norm;       /* (head_dim), or NULL */
-    struct linear q;                    /* (heads * head_dim, width) */
-    struct linear k, v;                 /* (kv_heads * head_dim, width) */
-    struct linear output;               /* (width, heads * head_dim) */
-    struct linear gate, up;             /* (hidden, width) */
-    struct linear down;                 /* (width, hidden) */
+    struct linear linear[ROLES];
     const rondel_hadamard *hidden_rotation; /* online, on the input of `down`; or NULL */
     const rondel_hadamard *head_rotation;   /* online, on each head of q and k behind RoPE; or NULL */
 };

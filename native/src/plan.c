@@ -9,7 +9,7 @@
 typedef unsigned long long ull;
 
 enum { REPLICATION_MAJOR = 1, STEPS_MAX = 65536 };
-enum { PART_ATTENTION = 1, PART_FFN = 2 };
+enum { BLOCK = 1 << ATTENTION | 1 << FFN };
 
 void plan_free(struct plan *plan) {
     if (!plan) return;
@@ -33,10 +33,10 @@ static struct plan *plan_new(int count) {
 static struct plan *base_plan(const struct rondel_model *model) {
     struct plan *plan = plan_new(model->numbers.layers);
     for (int i = 0; plan && i < plan->count; i++)
-        plan->steps[i] = (struct step){.layer = &model->layer[i], .parameters = {.gate_attn = 1.0f, .gate_ffn = 1.0f},
-                                       .attention = 1, .ffn = 1, .slot = i, .writes_kv = 1, .members = 1,
-                                       .head_rotation = model->layer[i].head_rotation};
-    if (plan) plan->slots = plan->count;
+        plan->steps[i] = (struct step){.layer = &model->layer[i], .parameters = {.gate = {1.0f, 1.0f}}, .parts = BLOCK,
+                                       .slot = i, .writes_kv = 1, .members = 1, .leads = 1,
+                                       .leads_slot = 1};
+    if (plan) plan->slots = plan->count, plan->widest = 1;
     return plan;
 }
 
@@ -46,7 +46,8 @@ struct table {
     int64_t *layer, *pass, *parts, *group, *kv, *set; /* (steps) */
     int64_t *merge;                                   /* (groups) */
     int64_t *layer_set;                               /* (layers) or NULL */
-    const rondel_hadamard **slot_rotation;            /* (steps): of the keys in each KV slot that has been written */
+    const struct layer **slot_layer;                  /* (steps): whose keys lie in each KV slot that has been written */
+    int64_t *layer_group, *slot_group;                /* (layers), (steps): the last group with it, from 1; 0: none */
 };
 
 static void table_free(struct table *table) {
@@ -58,7 +59,9 @@ static void table_free(struct table *table) {
     free(table->set);
     free(table->merge);
     free(table->layer_set);
-    free(table->slot_rotation);
+    free(table->slot_layer);
+    free(table->layer_group);
+    free(table->slot_group);
 }
 
 static int table_read(struct table *table, const struct rondel_model *model, uint64_t sets) {
@@ -69,7 +72,7 @@ static int table_read(struct table *table, const struct rondel_model *model, uin
         int64_t low, high, **values;
     } columns[] = {{"rondel.replication.step.layer", 0, layers - 1, &table->layer},
                    {"rondel.replication.step.pass", 0, 255, &table->pass},
-                   {"rondel.replication.step.parts", 1, PART_ATTENTION | PART_FFN, &table->parts},
+                   {"rondel.replication.step.parts", 1, BLOCK, &table->parts},
                    {"rondel.replication.step.group", 0, STEPS_MAX, &table->group},
                    {"rondel.replication.step.kv", -1, STEPS_MAX, &table->kv},
                    {"rondel.replication.step.pset", 0, (int64_t)sets, &table->set}};
@@ -89,8 +92,11 @@ static int table_read(struct table *table, const struct rondel_model *model, uin
         return -1;
     if (table->layer_set && table->layer_sets != (uint64_t)layers)
         return set_error("replication.layer.pset has %llu elements, expected %lld", (ull)table->layer_sets, (long long)layers);
-    table->slot_rotation = calloc(table->steps, sizeof *table->slot_rotation);
-    return table->slot_rotation ? 0 : set_error("out of memory for a plan of %llu steps", (ull)table->steps);
+    table->slot_layer = calloc(table->steps, sizeof *table->slot_layer);
+    table->layer_group = calloc((size_t)layers, sizeof *table->layer_group);
+    table->slot_group = calloc(table->steps, sizeof *table->slot_group);
+    if (table->slot_layer && table->layer_group && table->slot_group) return 0;
+    return set_error("out of memory for a plan of %llu steps", (ull)table->steps);
 }
 
 /* Pass 0 must be the model itself, so that a reader that ignores everything else runs it. */
@@ -98,7 +104,7 @@ static int check_base_path(const struct table *table, int layers) {
     int64_t next = 0;
     for (uint64_t i = 0; i < table->steps; i++) {
         if (table->pass[i] != 0) continue;
-        if (table->layer[i] != next || table->parts[i] != (PART_ATTENTION | PART_FFN))
+        if (table->layer[i] != next || table->parts[i] != BLOCK)
             return set_error("step %llu of the replication plan breaks its base path: pass 0 must be the whole layers 0 to "
                              "%d in order", (ull)i, layers - 1);
         next++;
@@ -106,7 +112,14 @@ static int check_base_path(const struct table *table, int layers) {
     return next == layers ? 0 : set_error("pass 0 of the replication plan has %lld layers, expected %d", (long long)next, layers);
 }
 
-/* Groups are runs of equal numbers 0, 1, 2...: fills members, member and merge. */
+/* Whether this is the first question about `index` in this group. */
+static int first_with(int64_t *last, int64_t index, int64_t group) {
+    int first = last[index] != group + 1;
+    last[index] = group + 1;
+    return first;
+}
+
+/* Groups are runs of equal numbers 0, 1, 2...: fills member, members, leads and merge, and the widest. */
 static int place_groups(struct plan *plan, const struct table *table) {
     for (uint64_t i = 0; i < table->steps; i++) {
         int64_t expected = i == 0 ? 0 : table->group[i - 1];
@@ -123,20 +136,29 @@ static int place_groups(struct plan *plan, const struct table *table) {
         for (uint64_t i = first; i < last; i++) {
             plan->steps[i].member = (int)(i - first);
             plan->steps[i].members = (int)(last - first);
+            plan->steps[i].leads = first_with(table->layer_group, table->layer[i], group);
             plan->steps[i].merge = (enum merge)merge;
         }
+        if (last - first > (uint64_t)plan->widest) plan->widest = (int)(last - first);
     }
     return 0;
 }
 
-/* A slot number one past the largest so far is a new cache; an earlier one is shared: read, not written. */
-static int place_slot(struct plan *plan, struct step *step, int64_t kv, uint64_t index) {
+/* A slot number one past the largest so far is a new cache; an earlier one of the layer is shared: read, not written. */
+static int place_slot(struct plan *plan, struct step *step, const struct table *table, uint64_t index) {
+    int attention = step->parts >> ATTENTION & 1;
+    int64_t kv = table->kv[index];
     step->slot = (int)kv;
-    if (step->attention ? kv < 0 || kv > plan->slots : kv != -1)
+    if (attention ? kv < 0 || kv > plan->slots : kv != -1)
         return set_error("step %llu of the replication plan has the KV slot %lld, expected %s%d", (ull)index, (long long)kv,
-                         step->attention ? "0 to " : "", step->attention ? plan->slots : -1);
-    step->writes_kv = step->attention && kv == plan->slots;
-    plan->slots += step->writes_kv;
+                         attention ? "0 to " : "", attention ? plan->slots : -1);
+    step->writes_kv = attention && kv == plan->slots;
+    if (table->pass[index] == 0 && !step->writes_kv)
+        return set_error("step %llu of the replication plan is of pass 0 and shares a KV slot", (ull)index);
+    if (step->writes_kv) table->slot_layer[plan->slots++] = step->layer;
+    if (attention && table->slot_layer[kv] != step->layer)
+        return set_error("step %llu of the replication plan has the KV slot %lld of another layer", (ull)index, (long long)kv);
+    step->leads_slot = attention && first_with(table->slot_group, kv, table->group[index]);
     return 0;
 }
 
@@ -147,17 +169,10 @@ static int fill_plan(struct plan *plan, const struct table *table, const struct 
         struct step *step = &plan->steps[i];
         int64_t layer = table->layer[i], pass = table->pass[i];
         step->layer = &model->layer[layer];
-        step->attention = (table->parts[i] & PART_ATTENTION) != 0;
-        step->ffn = (table->parts[i] & PART_FFN) != 0;
-        if (place_slot(plan, step, table->kv[i], i)) return -1;
-        if (step->writes_kv) table->slot_rotation[step->slot] = step->layer->head_rotation;
-        if (step->attention) step->head_rotation = table->slot_rotation[step->slot];
-        if (pass == 0 && !step->writes_kv)
-            return set_error("step %llu of the replication plan is of pass 0 and shares a KV slot", (ull)i);
+        step->parts = (int)table->parts[i];
+        if (place_slot(plan, step, table, i)) return -1;
         const struct parameter_set *inherited = &sets->set[table->layer_set && pass > 0 ? table->layer_set[layer] : 0];
-        if (parameters_resolve(&step->parameters, &sets->set[table->set[i]], inherited, (int)pass, step->attention,
-                               step->ffn))
-            return -1;
+        if (parameters_resolve(&step->parameters, &sets->set[table->set[i]], inherited, (int)pass, step->parts)) return -1;
     }
     return 0;
 }

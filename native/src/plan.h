@@ -7,12 +7,12 @@
 
 /* What one execution changes about its layer; NULL is identity (gain 1, bias 0). */
 struct parameters {
-    float gate_attn, gate_ffn;            /* of what attention and FFN add to the residual stream */
-    const float *attn_norm_gain, *ffn_norm_gain; /* (width), after the norm's own weight */
-    const float *attn_out_gain, *ffn_out_gain;   /* (width) */
-    const float *attn_out_bias, *ffn_out_bias;   /* (width) */
-    const float *q_head_gain;             /* (heads) */
-    const float *hidden_gain;             /* (hidden), on silu(gate) * up */
+    float gate[PARTS];             /* of what the part adds to the residual stream */
+    const float *norm_gain[PARTS]; /* (width), after the norm's own weight */
+    const float *out_gain[PARTS];  /* (width) */
+    const float *out_bias[PARTS];  /* (width) */
+    const float *q_head_gain;      /* (heads) */
+    const float *hidden_gain;      /* (hidden), on silu(gate) * up */
 };
 
 enum merge { MERGE_NONE, MERGE_SUM, MERGE_MEAN, MERGE_WEIGHTED_SUM };
@@ -20,16 +20,17 @@ enum merge { MERGE_NONE, MERGE_SUM, MERGE_MEAN, MERGE_WEIGHTED_SUM };
 struct step {
     const struct layer *layer;
     struct parameters parameters;
-    int attention, ffn;        /* which parts run */
+    int parts;                 /* which run: bits, 1 << part */
     int slot;                  /* KV slot, -1 without attention */
-    const rondel_hadamard *head_rotation; /* of the keys in the slot, so of the queries too; or NULL */
-    int writes_kv;             /* 0: attends to the keys that an earlier step wrote into its slot */
+    int writes_kv;             /* 0: attends to the keys that an earlier step of the layer wrote into its slot */
     int member, members;       /* place in its parallel group, and size of the group; 0 of 1 for a serial step */
+    int leads;                 /* first of its group with this layer: those with the same layer run with it, at once */
+    int leads_slot;            /* first of its group with this KV slot: the others find it in a cache */
     enum merge merge;          /* of the group */
 };
 
 struct plan {
-    int count, slots;
+    int count, slots, widest; /* steps, KV caches, members of the largest group */
     struct step *steps;   /* (count) */
     float *values;        /* all parameters of all sets, pointed into by the steps */
 };
@@ -54,6 +55,6 @@ struct parameter_sets {
 int parameter_sets_read(struct parameter_sets *sets, const struct rondel_model *model);
 /* Copy, then layer, then identity; `pass` >= 1 must have its gates. -1 with set_error. */
 int parameters_resolve(struct parameters *parameters, const struct parameter_set *copy, const struct parameter_set *layer,
-                       int pass, int attention, int ffn);
+                       int pass, int parts);
 
 #endif

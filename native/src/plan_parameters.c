@@ -182,22 +182,18 @@ int parameter_sets_read(struct parameter_sets *sets, const struct rondel_model *
 }
 
 int parameters_resolve(struct parameters *parameters, const struct parameter_set *copy, const struct parameter_set *layer,
-                       int pass, int attention, int ffn) {
+                       int pass, int parts) {
     const float *value[KIND_MAX + 1];
     for (int kind = 0; kind <= KIND_MAX; kind++) value[kind] = copy->value[kind] ? copy->value[kind] : layer->value[kind];
-    if (pass >= 1 && ((attention && !value[GATE_ATTN]) || (ffn && !value[GATE_FFN])))
-        return set_error("a copy of a layer (pass %d) has no gate of its own", pass);
-    *parameters = (struct parameters){
-        .gate_attn = value[GATE_ATTN] ? *value[GATE_ATTN] : 1.0f,
-        .gate_ffn = value[GATE_FFN] ? *value[GATE_FFN] : 1.0f,
-        .attn_norm_gain = value[ATTN_NORM_GAIN],
-        .ffn_norm_gain = value[FFN_NORM_GAIN],
-        .attn_out_gain = value[ATTN_OUT_GAIN],
-        .ffn_out_gain = value[FFN_OUT_GAIN],
-        .attn_out_bias = value[ATTN_OUT_BIAS],
-        .ffn_out_bias = value[FFN_OUT_BIAS],
-        .q_head_gain = value[Q_HEAD_GAIN],
-        .hidden_gain = value[HIDDEN_GAIN],
-    };
+    *parameters = (struct parameters){.q_head_gain = value[Q_HEAD_GAIN], .hidden_gain = value[HIDDEN_GAIN]};
+    for (int part = 0; part < PARTS; part++) {
+        const float *gate = value[GATE_ATTN + part];
+        if (pass >= 1 && parts >> part & 1 && !gate)
+            return set_error("a copy of a layer (pass %d) has no gate of its own", pass);
+        parameters->gate[part] = gate ? *gate : 1.0f;
+        parameters->norm_gain[part] = value[ATTN_NORM_GAIN + part];
+        parameters->out_gain[part] = value[ATTN_OUT_GAIN + part];
+        parameters->out_bias[part] = value[ATTN_OUT_BIAS + part];
+    }
     return 0;
 }

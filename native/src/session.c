@@ -7,10 +7,11 @@
 #include "attention.h"
 #include "error.h"
 #include "kernels/kernels.h"
-#include "linear.h"
+#include "pass.h"
 #include "rondel.h"
 
 enum { CONTEXT_MAX = 1 << 24, BATCH_MAX = 1 << 16 };
+enum { LANES_AT_FULL_BATCH = 8 }; /* beyond, batches have fewer tokens, so that scratch does not grow with a plan's copies */
 
 /* Zeroed, aligned for every kernel, counted. */
 static void *allocate(struct rondel_session *session, uint64_t bytes) {
@@ -26,11 +27,9 @@ static void *allocate(struct rondel_session *session, uint64_t bytes) {
 static uint64_t packed_row_bytes(const struct rondel_model *model) {
     uint64_t largest = 0;
     for (int i = -1; i < model->numbers.layers; i++) {
-        const struct layer *layer = &model->layer[i < 0 ? 0 : i];
-        const struct linear *linears[] = {&layer->q, &layer->k, &layer->v, &layer->output, &layer->gate,
-                                          &layer->up, &layer->down, &model->head};
-        for (size_t j = 0; j < sizeof linears / sizeof *linears; j++) {
-            const struct matrix *weights = &linears[j]->weights;
+        const struct linear *linears = i < 0 ? &model->head : model->layer[i].linear;
+        for (int j = 0; j < (i < 0 ? 1 : ROLES); j++) {
+            const struct matrix *weights = &linears[j].weights;
             uint64_t bytes = activation_bytes(format_table[weights->format].activation, weights->cols);
             largest = bytes > largest ? bytes : largest;
         }
@@ -38,24 +37,42 @@ static uint64_t packed_row_bytes(const struct rondel_model *model) {
     return largest;
 }
 
+/* The tokens that a batch has room for, and the rows that they take: one for each member of the widest group. */
+static void choose_rows(struct rondel_session *session, int batch) {
+    int widest = session->plan->widest;
+    session->batch = batch < session->context ? batch : session->context;
+    session->rows = session->batch * (widest < LANES_AT_FULL_BATCH ? widest : LANES_AT_FULL_BATCH);
+    if (session->rows < widest) session->rows = widest;
+    session->batch = session->rows / widest;
+}
+
 static int allocate_scratch(struct rondel_session *session) {
     const struct hyperparameters *numbers = &session->model->numbers;
-    uint64_t batch = (uint64_t)session->batch, width = (uint64_t)numbers->width;
-    uint64_t queries = (uint64_t)numbers->heads * (uint64_t)numbers->head_dim;
-    uint64_t keys = (uint64_t)numbers->kv_heads * (uint64_t)numbers->head_dim;
+    uint64_t batch = (uint64_t)session->batch, rows = (uint64_t)session->rows, width = (uint64_t)numbers->width;
+    uint64_t hidden = (uint64_t)numbers->hidden, head_dim = (uint64_t)numbers->head_dim;
+    uint64_t queries = (uint64_t)numbers->heads * head_dim, keys = (uint64_t)numbers->kv_heads * head_dim;
+    uint64_t parallel = session->plan->widest > 1; /* a buffer that nobody needs stays empty */
     struct {
         float **field;
-        uint64_t columns;
-    } buffers[] = {{&session->x, width},      {&session->input, width},  {&session->branch, width},
-                   {&session->normed, width}, {&session->update, width}, {&session->q, queries},
-                   {&session->heads, queries}, {&session->k, keys},      {&session->v, keys},
-                   {&session->gate, (uint64_t)numbers->hidden}, {&session->up, (uint64_t)numbers->hidden},
-                   {&session->rope, (uint64_t)numbers->head_dim}};
+        uint64_t size;
+    } buffers[] = {{&session->x, batch * width},
+                   {&session->input, parallel * batch * width},
+                   {&session->branches, parallel * (rows - batch) * width},
+                   {&session->normed, rows * width},
+                   {&session->update, rows * width},
+                   {&session->q, rows * queries},
+                   {&session->heads, rows * queries},
+                   {&session->k, rows * keys},
+                   {&session->v, rows * keys},
+                   {&session->gate, rows * hidden},
+                   {&session->up, rows * hidden},
+                   {&session->rope, batch * head_dim}};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
-        if (!(*buffers[i].field = allocate(session, batch * buffers[i].columns * sizeof(float)))) return -1;
+        if (!(*buffers[i].field = allocate(session, buffers[i].size * sizeof(float)))) return -1;
+    if (!(session->lanes = allocate(session, (uint64_t)session->plan->widest * sizeof *session->lanes))) return -1;
     uint64_t row = packed_row_bytes(session->model);
     for (int i = 0; i < LINEARS_MAX; i++)
-        if (!(session->packed[i] = allocate(session, batch * row))) return -1;
+        if (!(session->packed[i] = allocate(session, rows * row))) return -1;
     uint64_t attention = attention_scratch(session->context, numbers->head_dim);
     uint64_t channels = (uint64_t)(numbers->hidden > numbers->width ? numbers->hidden : numbers->width);
     if (channels < (uint64_t)numbers->head_dim) channels = (uint64_t)numbers->head_dim;
@@ -86,7 +103,7 @@ static int session_init(struct rondel_session *session, int32_t context, int32_t
         return set_error("%s: run it without replication for the base path",
                          model->plan_error ? model->plan_error : "the replication plan cannot be executed");
     session->context = context;
-    session->batch = batch < context ? batch : context;
+    choose_rows(session, batch);
     session->pool = pool_new(threads);
     if (!session->pool) return -1;
     if (kv_init(&session->kv, half, session->plan->slots, model->numbers.kv_heads, model->numbers.head_dim, context)) return -1;
@@ -113,29 +130,46 @@ EXPORT void rondel_session_free(rondel_session *session) {
     if (!session) return;
     pool_free(session->pool);
     kv_release(&session->kv);
-    float *buffers[] = {session->x, session->input, session->branch, session->normed, session->update, session->q,
+    float *buffers[] = {session->x, session->input, session->branches, session->normed, session->update, session->q,
                         session->heads, session->k, session->v, session->gate, session->up, session->rope};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     for (int i = 0; i < LINEARS_MAX; i++) free(session->packed[i]);
+    free(session->lanes);
     free(session->thread_scratch);
     free(session);
 }
 
-/* What one forward pass over n tokens reads: every weight that it uses once a step, and the cached positions. */
+static uint64_t linears_bytes(const struct layer *layer, enum role first, int count) {
+    uint64_t bytes = 0;
+    for (int i = 0; i < count; i++) bytes += linear_bytes(&layer->linear[first + i]);
+    return bytes;
+}
+
+/* What the members of a group with the layer of its member `leader` read: weights once and every KV slot once. */
+static uint64_t bytes_of_members(const struct rondel_session *session, const struct step *group, int leader, int positions) {
+    const struct layer *layer = group[leader].layer;
+    uint64_t norm = 4 * (uint64_t)session->model->numbers.width, bytes = 0;
+    int parts = 0, writes_kv = 0;
+    for (int i = leader; i < group->members; i++) {
+        if (group[i].layer != layer) continue;
+        parts |= group[i].parts;
+        writes_kv |= group[i].writes_kv;
+        if (group[i].leads_slot) bytes += kv_bytes_of(&session->kv, positions);
+    }
+    if (parts >> ATTENTION & 1) bytes += norm + linears_bytes(layer, ROLE_Q, 1) + linears_bytes(layer, ROLE_OUTPUT, 1);
+    if (writes_kv) bytes += linears_bytes(layer, ROLE_K, 2);
+    if (parts >> FFN & 1) bytes += norm + linears_bytes(layer, ROLE_GATE, 3);
+    return bytes;
+}
+
+/* What one forward pass over n tokens reads: the weights of every step or parallel group once, and cached positions. */
 static uint64_t bytes_of_pass(const struct rondel_session *session, int n, int position, int head) {
     const struct rondel_model *model = session->model;
     uint64_t width = (uint64_t)model->numbers.width;
     uint64_t bytes = linear_bytes(&(struct linear){model->embedding, NULL, 1.0f}) / (uint64_t)model->embedding.rows * (uint64_t)n;
     for (int i = 0; i < session->plan->count; i++) {
         const struct step *step = &session->plan->steps[i];
-        const struct layer *layer = step->layer;
-        if (step->attention) {
-            bytes += 4 * width + linear_bytes(&layer->q) + linear_bytes(&layer->output);
-            bytes += kv_bytes_of(&session->kv, position + n);
-        }
-        if (step->writes_kv) bytes += linear_bytes(&layer->k) + linear_bytes(&layer->v);
-        if (step->ffn)
-            bytes += 4 * width + linear_bytes(&layer->gate) + linear_bytes(&layer->up) + linear_bytes(&layer->down);
+        if (step->leads) bytes += bytes_of_members(session, step - step->member, step->member, position + n);
     }
     return bytes + (head ? 4 * width + linear_bytes(&model->head) : 0);
 }

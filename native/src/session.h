@@ -4,11 +4,12 @@
 #include <stdint.h>
 
 #include "kv.h"
+#include "linear.h"
 #include "model.h"
 #include "plan.h"
 #include "pool.h"
 
-enum { LINEARS_MAX = 3 }; /* that share one input: q, k, v */
+struct lane;
 
 struct rondel_session {
     const struct rondel_model *model;
@@ -17,15 +18,18 @@ struct rondel_session {
     struct kv kv;
     int context, batch, length;
     uint64_t bytes_read, memory;
-    /* Scratch for up to `batch` tokens at a time. */
-    float *x, *input, *branch;      /* (batch, width): residual stream; that of a parallel group and of one member */
-    float *normed;                  /* (batch, width) */
-    float *update;                  /* (batch, width): what attention or FFN will add to the residual stream */
-    float *q, *heads;               /* (batch, heads * head_dim): queries, and what attention makes of them */
-    float *k, *v;                   /* (batch, kv_heads * head_dim) */
-    float *gate, *up;               /* (batch, hidden) */
+    /* Scratch for `batch` tokens at a time, in `rows` rows: each token once for each member of the widest group. */
+    int rows;
+    float *x, *input;               /* (batch, width): the residual stream, and that which a parallel group read */
+    float *branches;                /* (rows, width): the streams of its members beyond the first */
+    struct lane *lanes;             /* (widest) */
+    float *normed;                  /* (rows, width) */
+    float *update;                  /* (rows, width): what attention or FFN will add to the residual streams */
+    float *q, *heads;               /* (rows, heads * head_dim): queries, and what attention makes of them */
+    float *k, *v;                   /* (rows, kv_heads * head_dim) */
+    float *gate, *up;               /* (rows, hidden) */
     float *rope;                    /* (batch, head_dim): cosines and sines of each token's position */
-    uint8_t *packed[LINEARS_MAX];   /* (batch rows, prepared for a matmul), one for each kind of preparation */
+    uint8_t *packed[LINEARS_MAX];   /* (rows, prepared for a matmul), one for each kind of preparation */
     uint8_t *thread_scratch;        /* (threads, thread_bytes) */
     size_t thread_bytes;
 };

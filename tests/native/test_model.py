@@ -261,8 +261,8 @@ def test_online_rotations_of_queries_change_nothing(family: str, tmp_path: Path)
 
 
 def test_shared_keys_are_turned_as_their_writer_turned_them(tmp_path: Path) -> None:
-    """A second pass whose layers have no rotation attends to the keys of a layer that has one."""
-    steps = [*plain_steps(3), Step(2, 1, group=3, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
+    """A later pass over a layer with a rotation attends to the keys of the first."""
+    steps = [*plain_steps(3), Step(0, 1, group=3, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
     weights = random_weights(NUMBERS)
     keys = replication_keys(3, steps, [0] * 4)
     keys |= rotation_keys("queries", 8, layers=([0], TYPES.ARRAY, TYPES.UINT32))

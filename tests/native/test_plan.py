@@ -56,8 +56,8 @@ def parallel(copy: dict[str, Any], merge: int, first: dict[str, Any] | None = No
     return steps, [NONE, merge, NONE]
 
 
-def evaluate(path: Path, replication: bool = True, batch: int = 512) -> np.ndarray:
-    with Model(path) as model, Session(model, threads=1, batch=batch, replication=replication) as session:
+def evaluate(path: Path, replication: bool = True, batch: int = 512, threads: int = 1) -> np.ndarray:
+    with Model(path) as model, Session(model, threads=threads, batch=batch, replication=replication) as session:
         return session.eval(TOKENS, all=True)
 
 
@@ -104,6 +104,49 @@ PLANS = {
     ),
 }
 
+PLANS |= {
+    "shared-and-own-caches-in-parallel": (
+        [
+            Step(0),
+            Step(1, group=1, kv=1),
+            Step(1, 1, group=1, kv=1, parameters=gains(2)),
+            Step(1, 2, group=1, kv=2, parameters=gains(3)),
+            Step(2, group=2, kv=3),
+        ],
+        [NONE, SUM, NONE],
+    ),
+    "parts-in-parallel": (
+        [
+            Step(0),
+            Step(1, group=1, kv=1),
+            Step(1, 1, FFN, 1, -1, gains(2)),
+            Step(1, 2, ATTENTION, 1, 2, gains(3)),
+            Step(2, group=2, kv=3),
+        ],
+        [NONE, SUM, NONE],
+    ),
+    "layers-in-parallel": (
+        [
+            Step(0),
+            Step(1, kv=1),
+            Step(0, 1, kv=0, parameters=gains(2)),
+            Step(1, 1, kv=2, parameters=gains(3)),
+            Step(2, group=1, kv=3),
+        ],
+        [MEAN, NONE],
+    ),
+    "copies-in-parallel-after-their-layer": (
+        [
+            Step(0),
+            Step(1, group=1, kv=1),
+            Step(2, group=2, kv=2),
+            Step(1, 1, group=3, kv=3, parameters=gains(2)),
+            Step(1, 2, group=3, kv=3, parameters=gains(3)),
+        ],
+        [NONE, NONE, NONE, WEIGHTED_SUM],
+    ),
+}
+
 
 @pytest.mark.parametrize("name", PLANS)
 def test_plans_are_those_of_float64(name: str, tmp_path: Path) -> None:
@@ -114,6 +157,7 @@ def test_plans_are_those_of_float64(name: str, tmp_path: Path) -> None:
     assert np.abs(got - expected).max() < LARGEST_ERROR * np.abs(expected).max()
     assert np.abs(got - base(tmp_path)).max() > 1e-2 * np.abs(expected).max()  # the plan does something
     assert np.array_equal(evaluate(path, batch=1), got)
+    assert np.array_equal(evaluate(path, threads=3, batch=4), got)
     with Model(path) as model:
         assert (model.steps(), model.steps(replication=False)) == (len(steps), NUMBERS.layers)
 
@@ -126,6 +170,56 @@ def test_without_replication_the_base_path_runs(plan: tuple[list[Step], list[int
 @pytest.mark.parametrize("plan", [serial(gains() | CLOSED), parallel(gains() | CLOSED, SUM)])
 def test_closed_gates_leave_no_trace(plan: tuple[list[Step], list[int]], tmp_path: Path) -> None:
     assert np.array_equal(evaluate(write(tmp_path, *plan)), base(tmp_path))
+
+
+def group_of(copies: list[dict[str, Any]], merge: int, parts: int = BLOCK) -> tuple[list[Step], list[int]]:
+    """Layer 1 with parallel copies that share its keys and values."""
+    members = [Step(1, number, parts, 1, 1 if parts & ATTENTION else -1, c) for number, c in enumerate(copies, start=1)]
+    return [Step(0), Step(1, group=1, kv=1), *members, Step(2, group=2, kv=2)], [NONE, merge, NONE]
+
+
+@pytest.mark.parametrize("copies", [1, 3, 11])  # 11: more than fit beside a full batch
+def test_closed_gates_leave_no_trace_in_a_wide_group(copies: int, tmp_path: Path) -> None:
+    plan = group_of([gains(i) | CLOSED for i in range(copies)], SUM)
+    assert np.array_equal(evaluate(write(tmp_path, *plan)), base(tmp_path))
+    assert np.array_equal(evaluate(write(tmp_path, *plan), batch=3, threads=2), base(tmp_path))
+
+
+def test_parallel_copies_without_parameters_fold(tmp_path: Path) -> None:
+    expected = base(tmp_path)
+    mean = evaluate(write(tmp_path, *group_of([OPEN] * 3, MEAN)))
+    assert np.abs(mean - expected).max() < LARGEST_ERROR * np.abs(expected).max()
+    gates = [{"gate_attn": np.float32(gate)} for gate in (0.25, 0.5, 0.75)]
+    two = evaluate(write(tmp_path, *group_of(gates[:2], SUM, ATTENTION)))
+    one = evaluate(write(tmp_path, *group_of(gates[2:], SUM, ATTENTION)))
+    assert np.abs(two - one).max() < LARGEST_ERROR * np.abs(one).max()
+    assert np.abs(one - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def bytes_read(path: Path, batch: int = 512) -> list[int]:
+    """Bytes of a prompt and of one token after it."""
+    with Model(path) as model, Session(model, threads=1, batch=batch) as session:
+        session.eval(TOKENS)
+        prompt = session.bytes_read
+        session.eval(TOKENS[:1])
+        return [prompt, session.bytes_read]
+
+
+def test_parallel_copies_read_the_weights_once(tmp_path: Path) -> None:
+    read = [bytes_read(write(tmp_path, *group_of([gains(i) for i in range(copies)], SUM))) for copies in (1, 2, 7)]
+    alone = bytes_read(write_gguf(tmp_path / "base.gguf", NUMBERS, random_weights(NUMBERS)))
+    assert read == [alone] * 3
+    own = bytes_read(write(tmp_path, *parallel(gains(), SUM)))
+    cached = 2 * 4 * NUMBERS.kv_heads * NUMBERS.head_dim  # of a position: float32 keys and values
+    assert own == [alone[0] + cached * len(TOKENS), alone[1] + cached * (len(TOKENS) + 1)]
+    layer = sum(tensor.nbytes for name, tensor in random_weights(NUMBERS).items() if name.startswith("blk.1."))
+    assert bytes_read(write(tmp_path, *serial(gains())))[1] == own[1] + layer
+
+
+def test_a_slot_read_by_a_later_group_counts_once(tmp_path: Path) -> None:
+    plan = PLANS["copies-in-parallel-after-their-layer"]
+    one = [Step(1, 1, group=3, kv=3, parameters=gains(2))]
+    assert bytes_read(write(tmp_path, *plan)) == bytes_read(write(tmp_path, plan[0][:3] + one, [NONE] * 4))
 
 
 def test_serial_copies_equal_real_layers(tmp_path: Path) -> None:
@@ -197,6 +291,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown merge": ({"group__merge": [0, 4, 0, 0]}, "outside 0 to 3"),
     "slot before use": ({"step__kv": [0, 2, 1, 3]}, "KV slot 2"),
     "no slot": ({"step__kv": [0, -1, 1, 2]}, "KV slot -1"),
+    "slot of another layer": ({"step__kv": [0, 1, 0, 2]}, "KV slot 0 of another layer"),
     "shared slot in pass 0": ({"step__kv": [0, 0, 1, 2]}, "shares a KV slot"),
     "layer": ({"step__layer": [0, 1, 3, 2]}, "outside 0 to 2"),
     "length": ({"step__pass": [0, 0, 1]}, "3 elements"),
