@@ -103,6 +103,8 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
             planned = stage.plan(source, settings, recipe.text)
         elif name == "rotate" and "calibrate" in recipe.sections:
             planned = stage.plan(source, stage.before_statistics(settings)) | {"kind": settings.kind}
+        elif name == "replicate":
+            planned = stage.plan(source, settings, source, recipe.replicate_text)
         elif name == "quantize" and "calibrate" in recipe.sections:
             planned = _plan_before_statistics(source, settings)
         else:
@@ -161,6 +163,8 @@ def chain(
         running: dict[str, Any] = {"threads": threads, "device": device, "force": force}
         if name == "quantize":
             running["recipe"] = written
+        elif name == "replicate":
+            running["text"] = recipe.replicate_text
         with console.progress(quiet=quiet) as progress:
             made = stage(source, folder, settings, given, progress=progress, **running)
         tell(*console.written(name, folder, made.manifest))

@@ -43,6 +43,7 @@ class Recipe:
     model: Path
     text: tuple[Path, ...]  # [calibrate] text
     sections: dict[str, Any]  # "calibrate" -> CalibrateConfig(...), ...
+    replicate_text: tuple[Path, ...] = ()  # [replicate] text
 
 
 def section_types() -> dict[str, type]:
@@ -74,6 +75,7 @@ def load_recipe(
         if section not in known:
             raise RondelError(f"{path}: unknown section [{section}]; known sections: {', '.join(known)}")
     files = _text_files(path, tables, given=tuple(text))
+    fitting = _text_of(path, tables, "replicate") if "text" in tables.get("replicate", {}) else ()
     chosen = settings(ModelSection, tables.pop("model", {}), f"{path} [model]")
     if chosen.path is None and model is None:
         raise RondelError(f"{path}: names no model; use --model MODEL, or write [model] path")
@@ -85,7 +87,7 @@ def load_recipe(
                 table = {"target": chosen.target} | table
             sections[name] = settings(known[name], table, f"{path} [{name}]")
     start = model if model is not None else path.parent / str(chosen.path)
-    return Recipe(start, files, sections)
+    return Recipe(start, files, sections, fitting)
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -94,7 +96,8 @@ def recipe_text(recipe: Recipe) -> str:
     for name, section in recipe.sections.items():
         if isinstance(section, RunSection):
             continue
-        values = {"text": [file.name for file in recipe.text]} if name == "calibrate" else {}
+        texts = {"calibrate": recipe.text, "replicate": recipe.replicate_text}.get(name)
+        values: dict[str, Any] = {"text": [file.name for file in texts]} if texts else {}
         values |= {key: value for key, value in asdict(section).items() if value is not None}
         # JSON writes strings, numbers and lists as TOML reads them, but for one control character.
         written = (
@@ -106,14 +109,20 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def _text_files(path: Path, tables: dict[str, dict[str, Any]], given: tuple[Path, ...]) -> tuple[Path, ...]:
-    """[calibrate] text: the one key that names inputs, and so is no setting of the stage."""
+    """[calibrate] text, or what was `given` instead of it."""
     if "calibrate" not in tables:
         return ()
-    text = tables["calibrate"].pop("text", [])
     if given:
+        tables["calibrate"].pop("text", None)
         return given
+    return _text_of(path, tables, "calibrate")
+
+
+def _text_of(path: Path, tables: dict[str, dict[str, Any]], section: str) -> tuple[Path, ...]:
+    """The one key of a section that names inputs, and so is no setting of the stage; taken out of its table."""
+    text = tables[section].pop("text", [])
     if not (isinstance(text, list) and text and all(isinstance(name, str) for name in text)):
-        raise RondelError(f"{path} [calibrate] text: expected a list of file names, got {text!r}")
+        raise RondelError(f"{path} [{section}] text: expected a list of file names, got {text!r}")
     return tuple(path.parent / name for name in text)
 
 
