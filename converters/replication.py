@@ -17,6 +17,7 @@ import numpy as np
 
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters
+from rondel.converters.replication_kinds import KINDS, LOW_RANK, WHOLE_RANGES, ParameterSet, attention_input, kind_shape
 
 VERSION = (1, 0, 0)
 ATTENTION, FFN = 1, 2  # bits of a step's parts
@@ -25,22 +26,6 @@ NO_SLOT = -1  # the KV slot of a step without attention
 MERGES = ("none", "sum", "mean", "weighted_sum")  # by number; "none" for a step that is alone in its group
 STEPS_LIMIT = 65536
 PASS_LIMIT = 255
-
-# Parameter kinds that rondel executes: name -> (number, dimension, the value that changes nothing).
-KINDS: dict[str, tuple[int, str, float]] = {
-    "gate_attn": (1, "one", 1.0),
-    "gate_ffn": (2, "one", 1.0),
-    "attn_norm_gain": (3, "width", 1.0),
-    "ffn_norm_gain": (4, "width", 1.0),
-    "attn_out_gain": (5, "width", 1.0),
-    "ffn_out_gain": (6, "width", 1.0),
-    "attn_out_bias": (7, "width", 0.0),
-    "ffn_out_bias": (8, "width", 0.0),
-    "q_head_gain": (9, "heads", 1.0),
-    "ffn_hidden_gain": (10, "hidden", 1.0),
-}
-
-ParameterSet = dict[str, np.ndarray]  # kind -> float32 values, (1,) for a gate; a kind that is absent is inherited
 
 
 @dataclass(frozen=True)
@@ -83,14 +68,6 @@ class Replication:
         return max(step.slot for step in self.steps) + 1
 
 
-def kind_size(kind: str, numbers: Hyperparameters) -> int:
-    """The number of values of a parameter kind."""
-    dimension = KINDS[kind][1]
-    if dimension == "one":
-        return 1
-    return numbers.heads if dimension == "heads" else numbers.size(dimension)
-
-
 def _refuse(what: str) -> RondelError:
     return RondelError(f"replication: {what}; make the file again with rondel replicate")
 
@@ -120,41 +97,82 @@ def _check_groups(found: Replication) -> None:
 
 
 def _check_slots(found: Replication) -> None:
-    owner: list[int] = []  # the layer whose keys a slot holds
+    owner: list[Step] = []  # the step that fills a slot
     for index, step in enumerate(found.steps):
         if not step.parts & ATTENTION:
             if step.slot != NO_SLOT:
                 raise _refuse(f"step {index} has no attention and the KV slot {step.slot}, expected {NO_SLOT}")
         elif step.slot == len(owner):
-            owner.append(step.layer)
-        elif not 0 <= step.slot < len(owner) or step.number == 0 or owner[step.slot] != step.layer:
+            owner.append(step)
+        elif not 0 <= step.slot < len(owner) or step.number == 0 or owner[step.slot].layer != step.layer:
             raise _refuse(
                 f"step {index} has the KV slot {step.slot}, expected the new slot {len(owner)} "
                 f"or, for a copy, one that layer {step.layer} filled before"
             )
+        else:
+            _check_shared_slot(found, index, owner[step.slot])
+
+
+def _check_shared_slot(found: Replication, index: int, owner: Step) -> None:
+    """A reader that would have made other keys and values than it reads needs a slot of its own.
+
+    Only a later group may attend to earlier keys by choice: its own input is another one in any case.
+    """
+    own, read = (attention_input(found.parameters(step)) for step in (found.steps[index], owner))
+    together = found.steps[index].group == owner.group
+    for kind in own.keys() | read.keys() if together else [kind for kind in own if kind[:6] in ("attn_k", "attn_v")]:
+        if kind not in own or kind not in read or not np.array_equal(own[kind], read[kind]):
+            raise _refuse(
+                f"step {index} reads the keys and values of KV slot {owner.slot}, which were made without its {kind}; "
+                "give it a slot of its own"
+            )
+
+
+def _check_values(index: int, kind: str, values: np.ndarray, numbers: Hyperparameters) -> None:
+    """One parameter: its shape, and that the file can hold its values."""
+    if kind not in KINDS:
+        raise _refuse(f"parameter set {index} has the unknown kind {kind!r}")
+    rank_axis = {"left": 1, "right": 0}.get(KINDS[kind].dimension)
+    rank = values.shape[rank_axis] if rank_axis is not None and values.ndim == 2 else 1
+    expected = kind_shape(kind, numbers, max(rank, 1))
+    if values.shape != expected:
+        raise _refuse(
+            f"{kind} of parameter set {index} has {values.size} values, expected {' x '.join(map(str, expected))}"
+        )
+    if kind in WHOLE_RANGES:
+        low, high = WHOLE_RANGES[kind]
+        if not low <= values[0] <= high or values[0] != np.rint(values[0]):
+            raise _refuse(f"{kind} of parameter set {index} is {values[0]}, expected a whole number {low} to {high}")
+    if not np.all(np.abs(values) <= float(np.finfo(np.float16).max)):
+        raise _refuse(f"{kind} of parameter set {index} has a value that is no float16 number")
+    if kind in ("act_scale", "act_clip") and not np.float16(values[0]) > 0:
+        raise _refuse(f"{kind} of parameter set {index} is {values[0]}, expected a float16 number above 0")
+
+
+def _check_step_values(index: int, step: Step, values: ParameterSet) -> None:
+    """What a step resolves to: gates of its own for a copy, and both halves of every low-rank term."""
+    needed = [name for name, part in (("gate_attn", ATTENTION), ("gate_ffn", FFN)) if step.parts & part]
+    missing = [name for name in needed if step.number > 0 and name not in values]
+    if missing:
+        raise _refuse(f"step {index} (pass {step.number} of layer {step.layer}) has no {missing[0]}")
+    for role in LOW_RANK:
+        left, right = values.get(f"{role}_left"), values.get(f"{role}_right")
+        if (left is None) != (right is None):
+            raise _refuse(f"step {index} has one half of the low-rank term of {role}, expected left and right")
+        if left is not None and right is not None and left.shape[1] != right.shape[0]:
+            raise _refuse(f"step {index} has ranks {left.shape[1]} and {right.shape[0]} in the low-rank term of {role}")
 
 
 def _check_sets(found: Replication, numbers: Hyperparameters) -> None:
     for index, parameters in enumerate(found.sets, start=1):
         for kind, values in parameters.items():
-            if kind not in KINDS:
-                raise _refuse(f"parameter set {index} has the unknown kind {kind!r}")
-            if values.shape != (kind_size(kind, numbers),):
-                raise _refuse(
-                    f"{kind} of parameter set {index} has {values.size} values, expected {kind_size(kind, numbers)}"
-                )
-            limit = float(np.finfo(np.float16).max)
-            if not np.all(np.abs(values) <= limit):
-                raise _refuse(f"{kind} of parameter set {index} has a value that is no float16 number")
+            _check_values(index, kind, values, numbers)
     if found.layer_sets and len(found.layer_sets) != found.layers:
         raise _refuse(f"layer.pset has {len(found.layer_sets)} elements, expected {found.layers}")
     if any(not 0 <= index <= len(found.sets) for index in (*found.layer_sets, *(s.parameters for s in found.steps))):
         raise _refuse(f"a parameter set beyond the last, {len(found.sets)}, is named")
     for index, step in enumerate(found.steps):
-        needed = [name for name, part in (("gate_attn", ATTENTION), ("gate_ffn", FFN)) if step.parts & part]
-        missing = [name for name in needed if step.number > 0 and name not in found.parameters(step)]
-        if missing:
-            raise _refuse(f"step {index} (pass {step.number} of layer {step.layer}) has no {missing[0]}")
+        _check_step_values(index, step, found.parameters(step))
 
 
 def check(found: Replication, numbers: Hyperparameters) -> None:
@@ -174,8 +192,8 @@ def check(found: Replication, numbers: Hyperparameters) -> None:
         raise _refuse(f"group.merge holds a number beyond {len(MERGES) - 1} ({MERGES[-1]})")
     _check_base_path(found)
     _check_groups(found)
-    _check_slots(found)
     _check_sets(found, numbers)
+    _check_slots(found)
 
 
 def mirror(found: Replication) -> str:

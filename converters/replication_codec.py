@@ -1,8 +1,9 @@
 """Replication to GGUF keys and back: flat arrays, and one base64 string of 16-bit words for all parameters.
 
 Entry e of `ent.*` is one parameter of one set: its kind, its encoding, where its words start in the payload and how
-many elements it has. Dense: one float16 a channel. Sparse: pairs (u16 channel, float16); channels that are not listed
-keep the value that changes nothing.
+many elements it has. Dense: one float16 a channel; of a low-rank term, row after row, so the length tells the rank.
+Sparse: pairs (u16 channel, float16); channels that are not listed keep the value that changes nothing. Integer: one
+int16.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters
-from rondel.converters.replication import KINDS, VERSION, ParameterSet, Replication, Step, check, kind_size, mirror
+from rondel.converters.replication import VERSION, Replication, Step, check, mirror
+from rondel.converters.replication_kinds import KINDS, ParameterSet, kind_shape, kind_size
 
 PREFIX = "rondel.replication."
-DENSE, SPARSE = 0, 1  # ent.enc
+DENSE, SPARSE, INTEGER = 0, 1, 2  # ent.enc
 INDEX_LIMIT = 1 << 16  # channels that a sparse entry can name
 WORDS_LIMIT = 1 << 28
 EVALUATION = "eval."
@@ -36,17 +38,19 @@ STEP_FIELDS = {
 ENTRY_ARRAYS = ("ent.kind", "ent.enc", "ent.off", "ent.len")
 ARRAYS = (*STEP_FIELDS, "group.merge", "layer.pset", "pset.first", *ENTRY_ARRAYS)
 SCALARS = ("version", "strict", "n_base", "payload", "payload.sha256", "base.sha256", "json")
-_KIND_NAMES = {number: name for name, (number, _, _) in KINDS.items()}
+_KIND_NAMES = {kind.number: name for name, kind in KINDS.items()}
 
 
 def _encode(kind: str, values: np.ndarray) -> tuple[int, int, np.ndarray]:
     """Encoding, element count and little-endian words of one parameter: whichever of dense and sparse is shorter."""
-    halves = values.astype("<f2")
-    told = np.flatnonzero(halves != np.float16(KINDS[kind][2]))
-    if len(values) <= INDEX_LIMIT and 2 * len(told) < len(values):
+    if KINDS[kind].whole:
+        return INTEGER, 1, values.astype("<i2").view("<u2")
+    halves = values.astype("<f2").reshape(-1)
+    told = np.flatnonzero(halves != np.float16(KINDS[kind].identity))
+    if values.ndim == 1 and len(values) <= INDEX_LIMIT and 2 * len(told) < len(values):
         pairs = np.stack([told.astype("<u2"), halves[told].view("<u2")], axis=1)
         return SPARSE, len(told), pairs.reshape(-1)
-    return DENSE, len(values), halves.view("<u2")
+    return DENSE, len(halves), halves.view("<u2")
 
 
 def encode_replication(found: Replication, numbers: Hyperparameters) -> dict[str, Any]:
@@ -55,9 +59,9 @@ def encode_replication(found: Replication, numbers: Hyperparameters) -> dict[str
     entries: dict[str, list[int]] = {name: [] for name in ENTRY_ARRAYS}
     first, words, offset = [0], [np.empty(0, "<u2")], 0
     for parameters in found.sets:
-        for kind in sorted(parameters, key=lambda name: KINDS[name][0]):
+        for kind in sorted(parameters, key=lambda name: KINDS[name].number):
             encoding, length, data = _encode(kind, parameters[kind])
-            for name, value in zip(ENTRY_ARRAYS, (KINDS[kind][0], encoding, offset, length), strict=True):
+            for name, value in zip(ENTRY_ARRAYS, (KINDS[kind].number, encoding, offset, length), strict=True):
                 entries[name].append(value)
             words.append(data)
             offset += len(data)
@@ -133,6 +137,12 @@ def _payload(keys: _Keys) -> np.ndarray:
     return np.frombuffer(data, "<u2")
 
 
+def _encodings(kind: str) -> tuple[int, ...]:
+    if KINDS[kind].whole:
+        return (INTEGER,)
+    return (DENSE,) if KINDS[kind].dimension in ("left", "right") else (DENSE, SPARSE)
+
+
 def _decode(
     keys: _Keys, entry: tuple[int, int, int, int], words: np.ndarray, numbers: Hyperparameters
 ) -> tuple[str, Any]:
@@ -140,18 +150,23 @@ def _decode(
     number, encoding, offset, length = entry
     kind = _KIND_NAMES.get(number)
     if kind is None:
-        raise keys.wrong("ent.kind", f"a parameter kind that rondel executes (1 to {max(_KIND_NAMES)}), got {number}")
-    if encoding not in (DENSE, SPARSE):
-        raise keys.wrong("ent.enc", f"{DENSE} or {SPARSE}, got {encoding}")
+        raise keys.wrong("ent.kind", f"a parameter kind that rondel executes, got {number}")
+    allowed = _encodings(kind)
+    if encoding not in allowed:
+        raise keys.wrong("ent.enc", f"{' or '.join(map(str, allowed))} for {kind}, got {encoding}")
     size, span = kind_size(kind, numbers), length * (2 if encoding == SPARSE else 1)
-    if length < 0 or (length != size if encoding == DENSE else length > size):
-        raise keys.wrong("ent.len", f"{size} values of {kind}, got {length}")
+    ranked = KINDS[kind].dimension in ("left", "right")
+    fits = length <= size if encoding == SPARSE else length > 0 and (length % size == 0 if ranked else length == size)
+    if length < 0 or not fits:
+        raise keys.wrong("ent.len", f"{size} values{' a rank' if ranked else ''} of {kind}, got {length}")
     if not 0 <= offset <= len(words) - span:
         raise keys.wrong("ent.off", f"a place in the payload of {len(words)} words, got {offset} for {span} words")
     data = words[offset : offset + span]
+    if encoding == INTEGER:
+        return kind, data.view("<i2").astype(np.float32)
     if encoding == DENSE:
-        return kind, data.view("<f2").astype(np.float32)
-    values = np.full(size, KINDS[kind][2], np.float32)
+        return kind, data.view("<f2").astype(np.float32).reshape(kind_shape(kind, numbers, length // size))
+    values = np.full(size, KINDS[kind].identity, np.float32)
     channels = data[0::2]
     if np.any(channels >= size) or np.any(np.diff(channels.astype(np.int64)) <= 0):
         raise keys.wrong("payload", f"rising channels below {size} in a sparse {kind}")

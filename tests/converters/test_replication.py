@@ -20,17 +20,26 @@ from rondel.converters.replication import (
     ATTENTION,
     BLOCK,
     FFN,
-    KINDS,
     NO_SLOT,
+    ParameterSet,
     Replication,
     Step,
     check,
-    kind_size,
     mirror,
 )
 from rondel.converters.replication_codec import PREFIX, decode_replication, encode_replication
 from rondel.converters.replication_keys import replication_keys
+from rondel.converters.replication_kinds import (
+    ACTIVATION_KINDS,
+    KINDS,
+    LOW_RANK,
+    WHOLE_RANGES,
+    kind_shape,
+    kind_size,
+    shares_keys,
+)
 
+VECTORS = [kind for kind in KINDS if KINDS[kind].number <= 10]
 NUMBERS = Hyperparameters(
     vocabulary=64,
     context=32,
@@ -77,16 +86,28 @@ def same(a: Replication, b: Replication) -> bool:
     return replace(a, sets=()) == replace(b, sets=()) and sets_agree
 
 
+HALVES = st.floats(width=16, allow_nan=False, allow_infinity=False)
+
+
 @st.composite
-def parameter_sets(draw: st.DrawFn) -> dict[str, np.ndarray]:
-    """Float16 values; some vectors are mostly identity, so that both encodings occur."""
+def parameter_sets(draw: st.DrawFn) -> ParameterSet:
+    """Float16 values; some vectors are mostly identity, so that every encoding occurs."""
     found = {}
-    for kind in ("gate_attn", "gate_ffn", *draw(st.lists(st.sampled_from(sorted(KINDS)), unique=True))):
+    for kind in ("gate_attn", "gate_ffn", *draw(st.lists(st.sampled_from(sorted(VECTORS)), unique=True))):
         size = kind_size(kind, NUMBERS)
-        values = np.full(size, KINDS[kind][2], np.float32)
+        values = np.full(size, KINDS[kind].identity, np.float32)
         for channel in draw(st.lists(st.integers(0, size - 1), max_size=size)):
-            values[channel] = draw(st.floats(width=16, allow_nan=False, allow_infinity=False))
+            values[channel] = draw(HALVES)
         found[kind] = values
+    for kind in draw(st.lists(st.sampled_from(sorted(ACTIVATION_KINDS)), unique=True)):
+        whole = WHOLE_RANGES.get(kind)
+        value = draw(st.integers(*whole) if whole else HALVES.filter(lambda half: half > 0))
+        found[kind] = np.array([value], np.float32)
+    for role in draw(st.lists(st.sampled_from(sorted(LOW_RANK)), unique=True, max_size=2)):
+        rank = draw(st.integers(1, 3))
+        for half in ("left", "right"):
+            shape = kind_shape(f"{role}_{half}", NUMBERS, rank)
+            found[f"{role}_{half}"] = np.full(shape, draw(HALVES), np.float32)
     return found
 
 
@@ -108,11 +129,13 @@ def replications(draw: st.DrawFn) -> Replication:
             else:
                 merges.append(0)
             parts = draw(st.sampled_from([ATTENTION, FFN, BLOCK]))
-            own = draw(st.booleans())
+            parameters = draw(st.integers(1, len(sets)))
+            own = draw(st.booleans()) or not shares_keys(sets[parameters - 1])
             slot = NO_SLOT if parts == FFN else slots if own else base.slot
             slots += slot == slots
-            steps.append(Step(layer, number, len(merges) - 1, slot, parts, draw(st.integers(1, len(sets)))))
-    layer_sets = draw(st.lists(st.integers(0, len(sets)), min_size=3, max_size=3) | st.just([]))
+            steps.append(Step(layer, number, len(merges) - 1, slot, parts, parameters))
+    plain = [0, *(i for i, values in enumerate(sets, start=1) if values.keys() <= set(VECTORS) - {"attn_norm_gain"})]
+    layer_sets = draw(st.lists(st.sampled_from(plain), min_size=3, max_size=3) | st.just([]))
     return Replication(3, tuple(steps), tuple(merges), tuple(sets), tuple(layer_sets), draw(st.booleans()))
 
 
@@ -234,11 +257,17 @@ BAD_KEYS: list[tuple[dict[str, Any], str]] = [
     ({"pset.first": [0, 3, 2, 4]}, r"pset\.first"),
     ({"pset.first": [1, 2, 4]}, r"pset\.first"),
     ({"pset.first": None}, r"pset\.first"),
-    ({"ent.kind": [1, 2, 2, 17]}, "a parameter kind that rondel executes.*17"),
+    ({"ent.kind": [1, 2, 2, 21]}, "a parameter kind that rondel executes.*21"),
     ({"ent.kind": [1, 1, 2, 6]}, "gate_attn twice"),
     ({"ent.kind": [1, 2, 2]}, r"ent\.\*"),
     ({"ent.kind": [1, 2, 2, 9]}, "4 values of q_head_gain, got 16"),
-    ({"ent.enc": [0, 0, 0, 2]}, r"ent\.enc: expected 0 or 1, got 2"),
+    ({"ent.enc": [0, 0, 0, 2]}, r"ent\.enc: expected 0 or 1 for ffn_out_gain, got 2"),
+    ({"ent.kind": [1, 2, 2, 18]}, r"ent\.enc: expected 2 for act_bits, got 0"),
+    ({"ent.kind": [1, 2, 2, 18], "ent.enc": [0, 0, 0, 2]}, r"ent\.len: expected 1 values of act_bits, got 16"),
+    ({"ent.kind": [1, 2, 2, 38], "ent.enc": [0, 0, 0, 1]}, r"ent\.enc: expected 0 for attn_output_left"),
+    ({"ent.kind": [1, 2, 2, 42]}, r"ent\.len: expected 24 values a rank of ffn_up_left, got 16"),
+    ({"ent.kind": [1, 2, 2, 38], "ent.len": [1, 1, 1, 0]}, r"ent\.len: expected 16 values a rank"),
+    ({"ent.kind": [1, 2, 2, 38]}, "step 4 has one half of the low-rank term of attn_output"),
     ({"ent.off": [0, 1, 2, 4]}, r"ent\.off"),
     ({"ent.off": [0, 1, 2, -1]}, r"ent\.off"),
     ({"ent.off": [0, 1, 2, 1 << 62]}, r"ent\.off"),
@@ -270,6 +299,76 @@ def test_sparse_channels_must_rise_and_exist(pairs: list[int]) -> None:
     changes = {"ent.enc": [0, 0, 0, 1], "ent.len": [1, 1, 1, len(pairs) // 2], **payload([0, 0, 0, *pairs])}
     with pytest.raises(RondelError, match="rising channels below 16"):
         decode_replication(keys | {PREFIX + name: value for name, value in changes.items()}, NUMBERS)
+
+
+def with_values(**values: float | np.ndarray) -> Replication:
+    """The example with more parameters for the parallel copy of layer 1, which shares its keys."""
+    return replace(example(), sets=({**GATES, **{k: np.atleast_1d(v) for k, v in values.items()}}, example().sets[1]))
+
+
+def own_slot(found: Replication) -> Replication:
+    """The example with a KV slot for the copy of layer 1."""
+    base, first, copy, last, ffn = found.steps
+    return replace(found, steps=(base, first, replace(copy, slot=2), replace(last, slot=3), ffn))
+
+
+RANK_TWO = {"ffn_up_left": np.ones((24, 2), np.float32), "ffn_up_right": np.ones((2, 16), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"act_bits": 1}, "act_bits of parameter set 1 is 1, expected a whole number 2 to 16"),
+        ({"act_bits": 17}, "2 to 16"),
+        ({"act_bits": 7.5}, "whole number 2 to 16"),
+        ({"rounding": -1}, "whole number 0 to 32767"),
+        ({"rotation_seed": 32768}, "whole number 0 to 32767"),
+        ({"act_scale": 0.0}, "act_scale of parameter set 1 is 0.0, expected a float16 number above 0"),
+        ({"act_clip": 1e-9}, "above 0"),
+        ({"ffn_up_left": RANK_TWO["ffn_up_left"]}, "one half of the low-rank term of ffn_up"),
+        (RANK_TWO | {"ffn_up_right": np.ones((3, 16))}, "ranks 2 and 3 in the low-rank term of ffn_up"),
+        (RANK_TWO | {"ffn_up_left": np.ones((16, 2))}, "ffn_up_left of parameter set 1 has 32 values, expected 24 x 2"),
+        (RANK_TWO | {"ffn_up_left": np.ones(48)}, "48 values, expected 24 x 1"),
+        (RANK_TWO | {"ffn_up_left": np.ones((24, 0))}, "0 values, expected 24 x 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RondelError, match=sentence):
+        check(own_slot(with_values(**values)), NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_norm_gain": np.full(16, 1.5)},
+        {"act_scale": 1.0},
+        {"act_bits": 16},
+        {"attn_k_left": np.ones((8, 1)), "attn_k_right": np.ones((1, 16))},
+    ],
+)
+def test_a_parallel_copy_with_other_keys_needs_a_slot_of_its_own(values: dict[str, Any]) -> None:
+    with pytest.raises(RondelError, match=r"step 2 reads the keys and values of KV slot 1.*slot of its own"):
+        check(with_values(**values), NUMBERS)
+    check(own_slot(with_values(**values)), NUMBERS)
+    assert not shares_keys(with_values(**values).sets[0])
+
+
+def test_a_parallel_copy_may_share_keys_that_it_would_have_made() -> None:
+    values = {"attn_norm_gain": np.ones(16), "q_head_gain": np.full(4, 2.0), "ffn_norm_gain": np.full(16, 2.0)}
+    check(with_values(**values), NUMBERS)
+    assert shares_keys(with_values(**values).sets[0])
+    gained = replace(own_slot(with_values(attn_norm_gain=np.full(16, 2.0))), merges=(0, 2, 0, 0))
+    third = Step(1, 2, 1, 2, BLOCK, 1)  # reads what the second member, which has the same gains, made
+    check(replace(gained, steps=(*gained.steps[:3], third, *gained.steps[3:])), NUMBERS)
+
+
+def test_a_serial_copy_may_attend_to_earlier_keys_but_not_adapt_them() -> None:
+    steps = (Step(0, 0, 0, 0), Step(1, 0, 1, 1), Step(1, 1, 2, 1, BLOCK, 1), Step(2, 0, 3, 2))
+    found = replace(with_values(attn_norm_gain=np.full(16, 2.0)), steps=steps, merges=(0, 0, 0, 0))
+    check(found, NUMBERS)
+    adapter = {"attn_v_left": np.ones((8, 1), np.float32), "attn_v_right": np.ones((1, 16), np.float32)}
+    with pytest.raises(RondelError, match="without its attn_v"):
+        check(replace(found, sets=({**GATES, **adapter}, found.sets[1])), NUMBERS)
 
 
 @pytest.mark.parametrize(
