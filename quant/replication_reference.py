@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.replication import ATTENTION, FFN, MERGES, ParameterSet, Replication, Step
 from rondel.converters.replication_codec import decode_replication
+from rondel.quant.activation_rounding import PLACES, round_activations
 from rondel.quant.reference import ReferenceModel
 
 MEAN = MERGES.index("mean")
@@ -18,6 +20,7 @@ class ReplicatedReference(ReferenceModel):
     def __init__(self, source: Checkpoint, replication: Replication, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(source, dtype)
         self.replication = replication
+        self._values: ParameterSet = {}  # of the step that runs
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (n, vocabulary) of token ids (n,), which stand at positions 0..n-1."""
@@ -37,7 +40,7 @@ class ReplicatedReference(ReferenceModel):
 
     def _step(self, step: Step, x: torch.Tensor, slots: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The residual stream (n, width) after one step that is alone; fills or reads its KV slot."""
-        values = self.replication.parameters(step)
+        values = self._values = self.replication.parameters(step)
         if step.parts & ATTENTION:
             normed = self._gained(values, "attn_norm_gain", self._norm(step.layer, "attn_norm", x))
             if step.slot not in slots:
@@ -49,6 +52,13 @@ class ReplicatedReference(ReferenceModel):
             added = self._feed_forward(step.layer, normed, self._value(values, "ffn_hidden_gain"))
             x = x + self._shaped(values, "ffn", added)
         return x
+
+    def _linear(self, layer: int, role: str, x: torch.Tensor) -> torch.Tensor:
+        """The linear on the inputs that the step's activation kinds leave, and its low-rank term on the same."""
+        x = round_activations(x, self._values, layer, PLACES[role], np.arange(len(x)))
+        y = super()._linear(layer, role, x)
+        left, right = self._value(self._values, f"{role}_left"), self._value(self._values, f"{role}_right")
+        return y if left is None or right is None else y + x @ right.T @ left.T
 
     def _value(self, values: ParameterSet, kind: str) -> torch.Tensor | None:
         return torch.from_numpy(values[kind]).to(self.dtype) if kind in values else None
