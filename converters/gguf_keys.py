@@ -98,6 +98,17 @@ class Imatrix:
     COUNTS = ".counts"
 
 
+class Adapter:
+    """llama.cpp's LoRA file."""
+
+    TYPE_VALUE = "adapter"  # the value of general.type
+    TYPE = "adapter.type"
+    LORA = "lora"  # its value
+    ALPHA = "adapter.lora.alpha"
+    A = ".lora_a"  # tensor suffixes: what is read (rank, cols), and what is added (rows, rank)
+    B = ".lora_b"
+
+
 class Rondel:
     """What this project adds (formats.md)."""
 

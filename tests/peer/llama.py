@@ -57,6 +57,7 @@ _SIGNATURES = {
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_set_n_threads": (None, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
+    "llama_adapter_lora_init": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
     "llama_free": (None, [ctypes.c_void_p]),
     "llama_model_free": (None, [ctypes.c_void_p]),
     "llama_log_set": (None, [_LOG, ctypes.c_void_p]),
@@ -128,6 +129,22 @@ class Llama:
     def forget(self) -> None:
         """Empty the KV cache."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def correct(self, adapter: Path | None) -> None:
+        """Add a LoRA file to the model, or take what was added away. Refuses with ValueError what llama.cpp refuses."""
+        loaded = self.lib.llama_adapter_lora_init(self.model, str(adapter).encode()) if adapter else None
+        if adapter and not loaded:
+            raise ValueError(f"llama.cpp refuses {adapter.name}")
+        adapters = (ctypes.c_void_p * 1)(loaded)
+        scales = (ctypes.c_float * 1)(1.0)
+        self._set_adapters(adapters, ctypes.c_size_t(1 if loaded else 0), scales)
+        self.forget()
+
+    def _set_adapters(self, adapters: object, count: ctypes.c_size_t, scales: object) -> None:
+        function = getattr(self.lib, "llama_set_adapters_lora", None)  # of this year's versions
+        assert function is not None, "this llama.cpp is older than llama_set_adapters_lora"
+        code = function(ctypes.c_void_p(self.context), adapters, count, scales)
+        assert code == 0, f"llama_set_adapters_lora answers {code}"
 
     def eval(self, tokens: Sequence[int], position: int = 0) -> np.ndarray:
         """Logits (n, vocabulary) after each token."""
