@@ -33,7 +33,16 @@ class RotationBench(Bench):
         out = self.folder / f"rotated-{kind}"
 
         def make() -> dict[str, Any]:
-            options = ("--stats", self.calibration, "--kind", kind, "--threads", str(self.threads))
+            options = (
+                "--stats",
+                self.calibration,
+                "--rotate",
+                "always",
+                "--kind",
+                kind,
+                "--threads",
+                str(self.threads),
+            )
             rondel("rotate", self.case.model, *options, "-o", out, "--force")
             return {}
 

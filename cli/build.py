@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rondel.cli import console
+from rondel.cli import console, decision
 from rondel.cli.options import (
     DeviceOption,
     DryRunOption,
@@ -102,7 +102,8 @@ def check(recipe: Recipe, out: Path) -> dict[str, Any]:
         if name == "calibrate":
             planned = stage.plan(source, settings, recipe.text)
         elif name == "rotate" and "calibrate" in recipe.sections:
-            planned = stage.plan(source, stage.before_statistics(settings)) | {"kind": settings.kind}
+            planned = stage.plan(source, stage.before_statistics(settings))
+            planned |= {"kind": settings.kind, "rotate": settings.rotate}
         elif name == "replicate":
             planned = stage.plan(source, settings, source, recipe.replicate_text)
         elif name == "quantize" and "calibrate" in recipe.sections:
@@ -167,7 +168,8 @@ def chain(
             running["text"] = recipe.replicate_text
         with console.progress(quiet=quiet) as progress:
             made = stage(source, folder, settings, given, progress=progress, **running)
-        tell(*console.written(name, folder, made.manifest))
+        wrote = console.written(name, folder, made.manifest)
+        tell(*(decision.with_choice(*wrote, made.manifest) if name == "rotate" else wrote))
         if name == "calibrate":
             statistics = folder
         else:

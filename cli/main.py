@@ -20,7 +20,7 @@ from rondel.converters.errors import RondelError
 # The six verbs in the order of the chain, then what stands beside them. The lines equal the docstrings' first ones.
 COMMANDS = {
     "calibrate": "Measure what every linear layer of MODEL sees on text.",
-    "rotate": "Change the basis of MODEL's weights so that they round better; its function stays.",
+    "rotate": "Change the basis of MODEL's weights so that they round better, where that pays; its function stays.",
     "quantize": "Round the weights of MODEL to block formats.",
     "replicate": "Let layers of MODEL run more than once.",
     "export": "Write MODEL as a GGUF file.",

@@ -11,7 +11,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +86,10 @@ def load_recipe(
             if chosen.target and any(field.name == "target" for field in fields(known[name])):
                 table = {"target": chosen.target} | table
             sections[name] = settings(known[name], table, f"{path} [{name}]")
+    if "quantize" in sections and "rotate" in sections and "type" not in tables["rotate"]:
+        # What rotating is decided for is what the chain makes.
+        wanted = sections["quantize"].type or sections["quantize"].like
+        sections["rotate"] = replace(sections["rotate"], **({"type": wanted} if wanted else {}))
     start = model if model is not None else path.parent / str(chosen.path)
     return Recipe(start, files, sections, fitting)
 

@@ -39,8 +39,8 @@ def _check_family(source: Checkpoint, config: RotateConfig) -> None:
         check_sites_are_bare(family, ("hidden", "hidden_experts", "hidden_shared"), "--hidden none")
 
 
-def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:
-    """Check everything that can be refused, and return the rotations to apply."""
+def check_unturned(source: Checkpoint) -> None:
+    """Refuse a model that a later stage has been at, or this one."""
     if source.rotations:
         sites = ", ".join(rotation.site for rotation in source.rotations)
         raise RondelError(f"{source.root}: is rotated already ({sites}); rotate the model it was made from")
@@ -48,6 +48,11 @@ def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = Non
         raise RondelError(f"{source.root}: is quantized; rotate before quantizing")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated, and its copies belong to these weights; rotate before that")
+
+
+def validate(source: Checkpoint, config: RotateConfig, stats: Stats | None = None) -> list[Rotation]:
+    """Check everything that can be refused, and return the rotations to apply."""
+    check_unturned(source)
     _check_family(source, config)
     _check_online(source, config)
     rotations = rotations_of(source, config)

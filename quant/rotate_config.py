@@ -17,6 +17,10 @@ from rondel.quant.planes import plane_rotation
 class RotateConfig:
     """What to rotate. Sizes without a Hadamard matrix of their own are turned in the largest blocks that have one."""
 
+    rotate: Literal["auto", "always", "never"] = (
+        "auto"  # auto: with statistics, nothing turns unless `type` gains by it
+    )
+    type: str = "Q4_K_M"  # of quantize: what the decision and `tries` are about
     residual: bool = True  # R1: the residual stream; folds the norms and gives a tied head its own matrix
     keep_tied: bool = False  # a tied head keeps its basis, the runtime turns the stream's ends: target rondel only
     heads: bool = True  # R2: the channels of each key-value head, between v and o
@@ -28,9 +32,7 @@ class RotateConfig:
     kind: Literal["hadamard", "orthogonal", "optrot", "dfrot"] = "hadamard"  # of the fused ones
     seed: int = 0
     tries: int = 1  # seeds from `seed` on; the best is taken, by `type` with statistics, else by fourth powers
-    type: str = "Q4_0"  # the format that tries are judged by
     massive: Literal["keep", "weight", "ignore"] = "weight"  # what dfrot makes of massive tokens
-    auto: str | None = None  # a type of quantize: nothing turns unless models of that type gain by it
     target: Literal["llama.cpp", "rondel"] | None = None  # None: what an earlier stage fixed, else open
 
 

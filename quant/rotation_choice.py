@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
 from rondel.converters.progress import Progress, silent
 from rondel.converters.rotation import Rotation
@@ -26,7 +25,7 @@ from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
 from rondel.native.formats import decode, format_bytes
 from rondel.quant import awq
 from rondel.quant.automatic import NEARLY, sampled_layers
-from rondel.quant.mixtures import Choice
+from rondel.quant.mixtures import Choice, mixture_named
 from rondel.quant.output_error import digits, energies, sampled
 from rondel.quant.quantize_task import QuantizeConfig, Task, choices_for, prepare
 from rondel.quant.rescaled_view import Place
@@ -67,17 +66,14 @@ class _Basis:
 
 
 def check_choice(source: Checkpoint, config: RotateConfig, stats: Stats | None) -> None:
-    """Refuse a choice that nothing can be measured for."""
-    if config.auto is None:
-        return
-    if stats is None:
-        raise RondelError(f"--auto {config.auto}: needs statistics to choose by; calibrate first and give --stats")
-    _task(source, config, stats)
+    """Refuse a choice that could not be measured."""
+    if config.rotate == "auto" and stats is not None:
+        _task(source, config, stats)
 
 
 def _task(source: Checkpoint, config: RotateConfig, stats: Stats) -> Task:
     target = resolved_target(source, config)
-    return prepare(source, QuantizeConfig(type=config.auto, target=target), stats)
+    return prepare(source, QuantizeConfig(type=config.type, target=target), stats)
 
 
 def _bases(
@@ -168,17 +164,24 @@ def _measure(basis: _Basis, layers: list[int], workers: Workers, tell: Callable[
 def choose(
     source: Checkpoint,
     config: RotateConfig,
-    stats: Stats,
-    rotations: list[Rotation],
+    stats: Stats | None,
+    rotations: list[Rotation] | None,
     *,
     workers: Workers,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """What to do with the model for `config.auto`, and why; `check_choice` has been called.
+    """What to do with the model that shall become one of `config.type`, and why; `check_choice` has been called.
 
     "chosen" is one of WAYS, "method" what quantize should be asked for. A line a class of tensors has the mean relative
     output error as the model is, and the decibels by which each way changes it; the last one is of all matrices.
+    Without statistics nothing is measured, and it turns as asked.
     """
+    if stats is None or rotations is None:
+        return {
+            "type": mixture_named(config.type),
+            "chosen": ROTATE,
+            "reason": "without statistics nothing is measured",
+        }
     task, now, turned = _bases(source, config, stats, rotations, workers)
     layers, done = sampled_layers(source.numbers.layers), 0
     steps = 2 * (len(layers) + 1)

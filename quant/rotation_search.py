@@ -21,7 +21,7 @@ from rondel.converters.stats import Stats, site_tensor
 from rondel.native.formats import decode
 from rondel.quant import optrot, procrustes
 from rondel.quant.hadamard import hadamard_plan
-from rondel.quant.mixtures import fitting, format_named
+from rondel.quant.mixtures import MIXTURES, fitting, mixture_named
 from rondel.quant.optrot import Optimized
 from rondel.quant.orthogonal import DENSE_SITES, dense_matrix, random_orthogonal, with_matrix
 from rondel.quant.output_error import output_error, sampled
@@ -54,7 +54,7 @@ def check_search(source: Checkpoint, config: RotateConfig, stats: Stats | None, 
     if config.massive not in procrustes.MASSIVE_WEIGHTS:
         known = ", ".join(procrustes.MASSIVE_WEIGHTS)
         raise RondelError(f"--massive {config.massive}: expected one of {known}")
-    format_named(config.type)
+    _tried_format(config)
     if config.kind == HADAMARD:
         return
     online = [rotation.site for rotation in rotations if rotation.online]
@@ -68,6 +68,12 @@ def check_search(source: Checkpoint, config: RotateConfig, stats: Stats | None, 
         raise RondelError(f"--kind {config.kind}: optimizes the rotation of the residual stream, which is left out")
     if config.kind == "dfrot" and (stats is None or stats.windows() is None):
         raise RondelError("--kind dfrot: needs text that the model can run on; use --stats with what calibrate wrote")
+
+
+def _tried_format(config: RotateConfig) -> str:
+    """The format of most matrices of the type: seeds are told apart by it."""
+    mixture = mixture_named(config.type)
+    return MIXTURES.get(mixture, mixture)
 
 
 def planned(source: Checkpoint, config: RotateConfig, rotation: Rotation) -> dict[str, Any]:
@@ -112,7 +118,7 @@ class RotationSearch:
         if self.config.tries > 1:
             scores = self._scores(progress)
             seed = min(scores, key=lambda tried: (scores[tried], tried))
-            measure = "fourth powers" if self.stats is None else f"output error at {format_named(self.config.type)}"
+            measure = "fourth powers" if self.stats is None else f"output error at {_tried_format(self.config)}"
             tries = [{"seed": tried, "score": six_digits(score)} for tried, score in scores.items()]
             told = {"seed": seed, "measure": measure, "tries": tries}
         rotations = self._start(seed)
@@ -185,6 +191,6 @@ class RotationSearch:
     def _error(self, name: str, weights: torch.Tensor, moment: torch.Tensor) -> float:
         """tr(E H E^T) / tr(W H W^T) for the error E of rounding some rows of W to nearest."""
         rows = sampled(weights, SAMPLED_ROWS)
-        format = fitting(format_named(self.config.type), rows.shape[1])
+        format = fitting(_tried_format(self.config), rows.shape[1])
         packed = round_matrix(name, rows, format, None, self.workers.threads).packed
         return output_error(rows, torch.from_numpy(decode(format, packed, *rows.shape)), moment, self.workers)

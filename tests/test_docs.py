@@ -107,7 +107,8 @@ def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert names["logits"].shape == (3, 2048)
 
 
-RENAMED = {"type": "type_", "tensors": "tensor"}  # an option that is repeated is one, a key is all
+# A word of Python, and an option that is repeated: it is one, a key is all.
+RENAMED = {"type": "type_", "rotate": "rotate_", "tensors": "tensor"}
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "rotate", "quantize", "replicate", "export"])

@@ -163,6 +163,23 @@ def test_a_recipe_may_give_a_budget_of_bytes(folder: Path, tmp_path: Path) -> No
     assert Path(file).stat().st_size == budget["file_bytes"] <= most
 
 
+def test_rotating_is_decided_for_what_the_recipe_makes(folder: Path) -> None:
+    def wanted(*changes: str) -> str:
+        return load_recipe(folder / "recipe.toml", changes).sections["rotate"].type
+
+    assert wanted() == "Q4_K_M"
+    assert wanted("quantize.type=Q2_K") == "Q2_K"
+    assert wanted("quantize.type=Q2_K", "rotate.type=Q4_0") == "Q4_0"
+    assert wanted("quantize.like=IQ2_M", "quantize.type=Q2_K") == "Q2_K"
+
+
+def test_a_build_tells_what_it_decided(undisturbed: Path, folder: Path) -> None:
+    done = rondel("build", folder / "recipe.toml", "-o", undisturbed, "--json")
+    told = json.loads(done.stdout)["stages"][1]
+    assert told["choice"]["type"] == "Q4_K_M"
+    assert "rotate" in told["choice"]["tensors"][-1]
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant+rtn"])
 def test_a_recipe_may_name_a_method_that_needs_statistics(folder: Path, tmp_path: Path, method: str) -> None:
     change = ("--set", f"quantize.method={method}")
@@ -193,6 +210,8 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
         ("calibrate.text=[]", "expected a list of file names"),
         ("replicate.layer=[3]", "expected a string, got 3"),
         ('replicate.layer=["9:serial:1"]', "9:serial:1"),
+        ("rotate.rotate=perhaps", "expected one of auto, always, never"),
+        ("rotate.type=Q4_X", "Q4_X"),
         ("rotate.hidden=wide", "expected one of none, full, got 'wide'"),
         ("model.target=ggml", "expected one of llama.cpp, rondel"),
         ("model.path=nowhere", "nowhere"),

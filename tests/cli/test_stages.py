@@ -84,7 +84,7 @@ def test_a_model_that_is_none_leaves_no_folder(stage: str, text: Path, tmp_path:
 def test_the_chain_of_the_readme(model: Path, calib: Path, tmp_path: Path) -> None:
     """Statistics of the plain model serve the rotated one: quantize finds what rotate made of them."""
     steps = [
-        ["rotate", model, "--stats", calib, "-o", tmp_path / "rotated"],
+        ["rotate", model, "--stats", calib, "--rotate", "always", "-o", tmp_path / "rotated"],
         ["quantize", tmp_path / "rotated", "--stats", calib, "--type", "Q8_0", "-o", tmp_path / "quantized"],
         [
             "replicate",
@@ -154,7 +154,7 @@ def test_bench_measures(model: Path, tmp_path: Path) -> None:
 
 
 def test_rotate_tells_its_choice_and_is_undone(model: Path, calib: Path, tmp_path: Path) -> None:
-    auto = ["rotate", model, "--stats", calib, "--auto", "Q4_0"]
+    auto = ["rotate", model, "--stats", calib, "--type", "Q4_0"]
     planned = json.loads(rondel(*auto, "-o", tmp_path / "out", "--dry-run", "--json").stdout)["choice"]
     assert planned["bytes"]["rotated"] > planned["bytes"]["now"]
     done = rondel(*auto, "-o", tmp_path / "out", "--json")
@@ -163,8 +163,9 @@ def test_rotate_tells_its_choice_and_is_undone(model: Path, calib: Path, tmp_pat
     assert "rotate and scale dB" in told
     assert f"then quantize with --method {planned['method']}" in told
     assert isinstance(rondel("rotate", model, "--undo", "-o", tmp_path / "undone").exception, RondelError)
-    assert rondel("rotate", model, "-o", tmp_path / "rotated", "--quiet").exit_code == 0
-    assert rondel("rotate", tmp_path / "rotated", "--undo", "--auto", "Q4_0", "-o", tmp_path / "undone").exit_code == 2
+    assert "rotated as asked: without statistics" in rondel("rotate", model, "-o", tmp_path / "rotated").stdout
+    for other in (["--rotate", "always"], ["--stats", calib]):
+        assert rondel("rotate", tmp_path / "rotated", "--undo", *other, "-o", tmp_path / "undone").exit_code == 2
     assert json.loads(
         rondel("rotate", tmp_path / "rotated", "--undo", "-o", tmp_path / "x", "--dry-run", "--json").stdout
     )["ties_head"]

@@ -150,7 +150,7 @@ def test_rotated_models_can_be_calibrated(tied, tmp_path):
     """What a rotated model sees is what moving the plain model's statistics says, online rotations included."""
     source, text = model("llama", tmp_path, heads=6, width=48, kv_heads=2, head_dim=16, tied=tied), windows()
     stats = calibrate(source, tmp_path / "calib", CONFIG, text)
-    config = RotateConfig(hidden="full", queries=8, keep_tied=tied, target="rondel")
+    config = RotateConfig(rotate="always", hidden="full", queries=8, keep_tied=tied, target="rondel")
     rotated = rotate(source, tmp_path / "rotated", config, stats)
     moved, seen = open_stats(tmp_path / "rotated"), calibrate(rotated, tmp_path / "again", CONFIG, text)
     seen.check_basis(rotated)
@@ -210,7 +210,14 @@ def test_plan_tells_the_size(tmp_path):
 def test_the_text_travels_as_token_ids(tmp_path):
     source, text = model("qwen3", tmp_path), windows()
     stats = calibrate(source, tmp_path / "calib", CONFIG, text)
-    rotate(source, tmp_path / "rotated", RotateConfig(), stats)
+    rotate(
+        source,
+        tmp_path / "rotated",
+        RotateConfig(
+            rotate="always",
+        ),
+        stats,
+    )
     for found in (stats, open_stats(tmp_path / "rotated")):
         assert found.info("windows").format == "I32"
         assert torch.equal(found.windows(), text.windows)

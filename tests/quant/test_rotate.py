@@ -53,7 +53,7 @@ ROTATIONS = {
     "hidden": RotateConfig(residual=False, heads=False, hidden="full", target="rondel"),
     "queries": RotateConfig(residual=False, heads=False, queries=8, target="rondel"),
     "rope_pairs": RotateConfig(residual=False, heads=False, rope_pairs=True),
-    "all": RotateConfig(hidden=4, queries="full", target="rondel", seed=3),
+    "all": RotateConfig(rotate="always", hidden=4, queries="full", target="rondel", seed=3),
 }
 TOKENS = torch.randint(0, 288, (24,), generator=torch.Generator().manual_seed(5))
 

@@ -29,7 +29,7 @@ def test_gains_that_folding_freed_carry_scales(tmp_path: Path) -> None:
     tokens = torch.randint(0, 288, (4, 32), generator=torch.Generator().manual_seed(6))
     text = CalibrationText(tokens, ("random",))
     stats = calibrate(source, tmp_path / "calib", CalibrateConfig(context=32), text, threads=1)
-    rotated = rotate(source, tmp_path / "rotated", RotateConfig(), stats, threads=1)
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig(rotate="always"), stats, threads=1)
     moved = open_stats(tmp_path / "rotated")
     config = QuantizeConfig("Q8_0", method="awq+gptq", alpha=0.5)
     made = quantize(rotated, tmp_path / "quantized", config, moved, threads=1)

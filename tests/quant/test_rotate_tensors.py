@@ -19,7 +19,7 @@ from tests.quant.test_rotate import MODELS as DENSE_MODELS
 from tests.quant.test_rotate import model as dense_model
 from tests.tiny_sparse import MODELS, tiny_sparse_model
 
-CONFIG = RotateConfig(hidden="full", seed=9, target="rondel")
+CONFIG = RotateConfig(rotate="always", hidden="full", seed=9, target="rondel")
 UNNORMED = ("llama", "qwen2", "deepseek2", "deepseek2-lite", "deepseek3")  # nothing between q or k and RoPE
 HIDDEN = {"hidden": "hidden", "hidden_experts": "expert_hidden", "hidden_shared": "shared_hidden"}  # their sizes
 SAMPLES = 400  # random vectors behind the second moments

@@ -1,8 +1,9 @@
-"""Does rotate --auto turn what gains by it, leave alone what does not, and tell the truth about both?"""
+"""Does rotate by default turn what gains by it, leave alone what does not, and tell the truth about both?"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,12 @@ def test_decides_by_decibels_with_a_margin() -> None:
 def test_principal_axes_are_left_and_a_good_basis_is_kept(
     good: Checkpoint, good_stats: Stats, poor: Checkpoint, poor_stats: Stats, tmp_path: Path
 ) -> None:
-    config = RotateConfig(auto="Q4_0")
+    config = RotateConfig(type="Q4_0")
     made = rotate(poor, tmp_path / "poor", config, poor_stats, threads=1)
     told = made.manifest["rotation_choice"]
     assert told["chosen"] in (ROTATE, BOTH)
     assert told["bytes"]["now"] == told["bytes"]["rotated"]
-    plain = rotate(poor, tmp_path / "plain", RotateConfig(), poor_stats, threads=1)
+    plain = rotate(poor, tmp_path / "plain", RotateConfig(rotate="always"), poor_stats, threads=1)
     assert all(made.info(name).sha256 == plain.info(name).sha256 for name in plain.names())
     kept = rotate(good, tmp_path / "good", config, good_stats, threads=1)
     assert kept.manifest["rotation_choice"]["chosen"] in (AS_IS, SCALE)
@@ -97,7 +98,7 @@ def test_principal_axes_are_left_and_a_good_basis_is_kept(
 def test_a_model_that_is_left_alone_keeps_its_bytes_and_its_statistics(
     good: Checkpoint, good_stats: Stats, tmp_path: Path
 ) -> None:
-    kept = rotate(good, tmp_path / "kept", RotateConfig(auto="Q4_0", kind="orthogonal"), good_stats, threads=1)
+    kept = rotate(good, tmp_path / "kept", RotateConfig(type="Q4_0", kind="orthogonal"), good_stats, threads=1)
     assert kept.rotations == []
     assert all(kept.info(name).sha256 == good.info(name).sha256 for name in good.names())
     assert kept.names() == good.names()
@@ -113,7 +114,7 @@ def test_a_model_that_is_left_alone_keeps_its_bytes_and_its_statistics(
 def test_the_table_has_every_matrix_and_sums_to_its_last_line(
     poor: Checkpoint, poor_stats: Stats, tmp_path: Path
 ) -> None:
-    told = plan(poor, RotateConfig(auto="Q4_0"), poor_stats, threads=1)["choice"]
+    told = plan(poor, RotateConfig(type="Q4_0"), poor_stats, threads=1)["choice"]
     roles = [linear.role for linear in poor.family.linears]
     *lines, whole = told["tensors"]
     assert [line["tensors"] for line in lines] == [*roles, "output", "token_embd"]
@@ -143,13 +144,13 @@ def test_what_the_stream_counts_is_the_same_sum_in_every_basis(
 
 def test_an_untied_head_is_paid_for(tmp_path: Path) -> None:
     source = open_checkpoint(tiny_model("llama", tmp_path / "hf", tied=True, width=96, vocabulary=512))
-    told = plan(source, RotateConfig(auto="Q4_0"), seen(source, tmp_path / "calib"), threads=1)["choice"]
+    told = plan(source, RotateConfig(type="Q4_0"), seen(source, tmp_path / "calib"), threads=1)["choice"]
     assert told["bytes"]["rotated"] > told["bytes"]["now"]
     assert told["decibels_for_bytes"] > 0
     assert math.isclose(
         told["decibels"][ROTATE] - told["tensors"][-1][ROTATE], told["decibels_for_bytes"], abs_tol=0.01
     )
-    kept = RotateConfig(auto="Q4_0", keep_tied=True, target="rondel")
+    kept = RotateConfig(type="Q4_0", keep_tied=True, target="rondel")
     told = plan(source, kept, open_stats(tmp_path / "calib"), threads=1)["choice"]
     assert told["decibels_for_bytes"] == 0
     assert next(line for line in told["tensors"] if line["tensors"] == "token_embd")[ROTATE] == 0
@@ -162,18 +163,51 @@ def test_an_interrupted_run_does_not_choose_again(
         if what == "blk-00001":
             raise KeyboardInterrupt
 
-    config = RotateConfig(auto="Q4_0")
+    config = RotateConfig(type="Q4_0")
     with pytest.raises(KeyboardInterrupt):
         rotate(poor, tmp_path / "out", config, poor_stats, threads=1, progress=stop)
     monkeypatch.setattr(rotate_stage, "choose", None)
     assert rotate(poor, tmp_path / "out", config, poor_stats, threads=1).manifest["rotation_choice"]["chosen"] != AS_IS
 
 
-def test_needs_statistics_and_a_type(good: Checkpoint, good_stats: Stats, tmp_path: Path) -> None:
-    with pytest.raises(RondelError, match="--auto Q4_0: needs statistics"):
-        rotate(good, tmp_path / "out", RotateConfig(auto="Q4_0"))
-    with pytest.raises(RondelError, match="Q9"):
-        rotate(good, tmp_path / "out", RotateConfig(auto="Q9"), good_stats)
+def test_without_statistics_it_turns_as_asked_and_says_so(good: Checkpoint, tmp_path: Path) -> None:
+    made = rotate(good, tmp_path / "out", RotateConfig(type="Q4_0"), threads=1)
+    told = made.manifest["rotation_choice"]
+    assert (told["type"], told["chosen"]) == ("Q4_0", ROTATE)
+    assert "nothing is measured" in told["reason"]
+    assert [one.site for one in made.rotations] == ["residual", "heads"]
+    assert plan(good, RotateConfig(type="Q4_0"))["choice"] == told
+    forced = rotate(good, tmp_path / "forced", RotateConfig(rotate="always"), threads=1)
+    assert "rotation_choice" not in forced.manifest
+    assert all(forced.info(name).sha256 == made.info(name).sha256 for name in forced.names())
+
+
+def test_never_leaves_the_model_and_its_statistics(good: Checkpoint, good_stats: Stats, tmp_path: Path) -> None:
+    never = RotateConfig(rotate="never", kind="dfrot")
+    kept = rotate(good, tmp_path / "kept", never, good_stats, threads=1)
+    assert kept.rotations == []
+    assert all(kept.info(name).sha256 == good.info(name).sha256 for name in good.names())
+    assert open_stats(tmp_path / "kept").windows() is not None
+    assert plan(good, never)["rotations"] == []
+    rotated = rotate(good, tmp_path / "rotated", RotateConfig(heads=False), threads=1)
+    with pytest.raises(RondelError, match="rotated already"):
+        rotate(rotated, tmp_path / "out", never)
+
+
+def test_online_rotations_are_decided_too(good: Checkpoint, good_stats: Stats, tmp_path: Path) -> None:
+    """They go with the others, unless they are forced."""
+    asked = RotateConfig(type="Q4_0", hidden="full", target="rondel")
+    assert rotate(good, tmp_path / "auto", asked, good_stats, threads=1).rotations == []
+    made = rotate(good, tmp_path / "always", replace(asked, rotate="always"), good_stats, threads=1)
+    assert [one.site for one in made.rotations] == ["residual", "heads", "hidden"]
+
+
+def test_refuses_a_type_that_there_is_not(good: Checkpoint, good_stats: Stats, tmp_path: Path) -> None:
+    for given in (None, good_stats):
+        with pytest.raises(RondelError, match="Q9"):
+            rotate(good, tmp_path / "out", RotateConfig(type="Q9"), given)
+    with pytest.raises(RondelError, match=r"U4-128: llama\.cpp cannot read this format"):
+        rotate(good, tmp_path / "out", RotateConfig(type="U4"), good_stats)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +232,7 @@ def logits(model: Checkpoint, tokens: list[list[int]], folder: Path) -> torch.Te
 def test_a_tied_model_is_left_alone(type_: str, stories: tuple[Checkpoint, Stats]) -> None:
     """Rotated, this model's mean divergence is .040 at Q2_K, and it is larger; as it is, .020."""
     source, stats = stories
-    choice = plan(source, RotateConfig(auto=type_), stats, threads=1)["choice"]
+    choice = plan(source, RotateConfig(type=type_), stats, threads=1)["choice"]
     assert choice["chosen"] in (AS_IS, SCALE), choice
 
 
@@ -211,7 +245,7 @@ def test_a_model_in_its_principal_axes_recovers(tmp_path: Path) -> None:
     stats = {
         name: calibrate(model, tmp_path / f"{name}-calib", ENOUGH, [TEXT], threads=1) for name, model in models.items()
     }
-    made = rotate(models["poor"], tmp_path / "auto", RotateConfig(auto="Q4_0"), stats["poor"], threads=1)
+    made = rotate(models["poor"], tmp_path / "auto", RotateConfig(type="Q4_0"), stats["poor"], threads=1)
     assert made.rotations, made.manifest["rotation_choice"]
     models["turned"], stats["turned"] = made, open_stats(tmp_path / "auto")
     windows = stats["good"].windows()

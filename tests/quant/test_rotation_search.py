@@ -66,7 +66,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_function_stays(kind: str, source: Checkpoint, stats: Stats, tmp_path: Path) -> None:
-    config = RotateConfig(kind=kind)
+    config = RotateConfig(rotate="always", kind=kind)
     expected = reference_logits(source, TOKENS)
     assert difference(reference_logits(RotatedView(source, config, stats), TOKENS), expected) < EXACT
     rotated = rotate(source, tmp_path / "rotated", config, stats)
@@ -87,7 +87,7 @@ def test_the_function_stays(kind: str, source: Checkpoint, stats: Stats, tmp_pat
 def test_an_optimized_stream_and_a_hidden_layer_that_turns_online(
     kind: str, source: Checkpoint, stats: Stats, tmp_path: Path
 ) -> None:
-    config = RotateConfig(kind=kind, hidden="full", queries="full", target="rondel")
+    config = RotateConfig(rotate="always", kind=kind, hidden="full", queries="full", target="rondel")
     rotated = rotate(source, tmp_path / "rotated", config, stats)
     assert difference(reference_logits(rotated, TOKENS), reference_logits(source, TOKENS)) < STORED_F32
     assert [one.online for one in rotated.rotations] == [False, False, True, True]
@@ -107,7 +107,7 @@ def test_query_heads_share_the_matrix_of_their_values(source: Checkpoint, tmp_pa
 def test_same_bytes_for_any_threads_and_after_an_interruption(
     kind: str, source: Checkpoint, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RotateConfig(kind=kind, tries=2)
+    config = RotateConfig(rotate="always", kind=kind, tries=2)
     rotate(source, tmp_path / "one", config, stats, threads=1)
     rotate(source, tmp_path / "two", config, stats, threads=2)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -133,7 +133,7 @@ def test_seeds_give_other_matrices(source: Checkpoint, tmp_path: Path) -> None:
 
 def test_the_objective_falls_and_is_told(source: Checkpoint, stats: Stats, tmp_path: Path) -> None:
     for kind in ("optrot", "dfrot"):
-        rotated = rotate(source, tmp_path / kind, RotateConfig(kind=kind), stats)
+        rotated = rotate(source, tmp_path / kind, RotateConfig(rotate="always", kind=kind), stats)
         told = rotated.manifest["rotation_search"]["objective"]
         assert told["after"] < told["before"]
         assert 0 < told["steps"] <= FEW
@@ -142,14 +142,14 @@ def test_the_objective_falls_and_is_told(source: Checkpoint, stats: Stats, tmp_p
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_best_of_several_seeds_is_taken(measured: bool, source: Checkpoint, stats: Stats, tmp_path: Path) -> None:
     given = stats if measured else None
-    rotated = rotate(source, tmp_path / "rotated", RotateConfig(tries=3, seed=5, type="q4_0"), given)
+    rotated = rotate(source, tmp_path / "rotated", RotateConfig(rotate="always", tries=3, seed=5, type="q4_0"), given)
     told = rotated.manifest["rotation_search"]
     scores = {tried["seed"]: tried["score"] for tried in told["tries"]}
     assert list(scores) == [5, 6, 7]
     assert scores[told["seed"]] == min(scores.values())
     assert len(set(scores.values())) == 3
     assert told["measure"] == ("output error at Q4_0" if measured else "fourth powers")
-    alone = rotate(source, tmp_path / "alone", RotateConfig(seed=told["seed"]), given)
+    alone = rotate(source, tmp_path / "alone", RotateConfig(rotate="always", seed=told["seed"]), given)
     assert alone.rotations == rotated.rotations
     assert torch.equal(alone.read("blk.0.ffn_up.weight"), rotated.read("blk.0.ffn_up.weight"))
 
@@ -207,7 +207,7 @@ def test_refusals(source: Checkpoint, stats: Stats) -> None:
     refused("needs text", kind="dfrot")
     refused("--massive", massive="forget")
     refused("--tries 0", tries=0)
-    refused("no format 'Q9'", type="Q9")
+    refused("no type 'Q9'", type="Q9")
     windowless = Stats(stats.root, {**stats.manifest, "tensors": dict(stats.manifest["tensors"])})
     del windowless.manifest["tensors"]["windows"]
     refused("needs text", Stats(windowless.root, windowless.manifest), kind="dfrot")

@@ -65,7 +65,7 @@ def test_folds_into_the_norms_alone(model: Checkpoint, stats: Stats, tmp_path: P
 
 
 def test_statistics_behind_a_rotation_hold_no_ranges(model: Checkpoint, stats: Stats, tmp_path: Path) -> None:
-    rotated = rotate(model, tmp_path / "rotated", RotateConfig(), stats)
+    rotated = rotate(model, tmp_path / "rotated", RotateConfig(rotate="always"), stats)
     from rondel.converters.stats import stats_for
 
     with pytest.raises(RondelError, match=r"largest activations of blk\.0\.attn_in"):
