@@ -131,7 +131,7 @@ class Student:
         weights: Weights | None = None,
     ) -> torch.Tensor:
         """The residual stream (b, n, width) after the last step. `replication` None: the recorded one, if any."""
-        return deque(self._groups(x, replication, parameters, weights), maxlen=1)[0][1]
+        return deque(self.groups(x, replication, parameters, weights), maxlen=1)[0][1]
 
     def logits(
         self,
@@ -152,21 +152,29 @@ class Student:
     ) -> list[torch.Tensor]:
         """The residual stream (b, n, width) after each base layer: after the last of its steps."""
         after: dict[int, torch.Tensor] = {}
-        for layers, x in self._groups(self.embed(tokens, weights), replication, parameters, weights):
+        for layers, x in self.groups(self.embed(tokens, weights), replication, parameters, weights):
             after.update(dict.fromkeys(layers, x))
         return [after[layer] for layer in range(self.layers)]
 
-    def _groups(
+    def groups(
         self,
         x: torch.Tensor,
-        replication: Replication | None,
-        parameters: Sequence[Values] | None,
-        weights: Weights | None,
+        replication: Replication | None = None,
+        parameters: Sequence[Values] | None = None,
+        weights: Weights | None = None,
+        *,
+        first: int = 0,
+        last: int | None = None,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """The layers of each group of steps, and the residual stream after it."""
+        """The layers of each group of steps from `first` to `last`, and the residual stream after it.
+
+        x stands before the group `first`; no group from there on may read a KV slot that an earlier one filled.
+        """
         found = replication or self.replication
         slots: dict[int, KeysValues] = {}
         for group, steps in groupby(found.steps, key=lambda step: step.group):
+            if group < first or (last is not None and group > last):
+                continue
             members = list(steps)
             after = [self._step(step, x, self._values(found, step, parameters), slots, weights) for step in members]
             merged = after[0]

@@ -1,0 +1,223 @@
+"""Owns the fit of copies: gates and output gains by ridge, then block distillation, then KL on the teacher's logits.
+
+Pass 0 stays as it is. Where the teacher is as deep as the student, its residual streams are targets too; a teacher of
+another depth teaches by its logits alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rondel.converters.errors import RondelError
+from rondel.converters.replication import ATTENTION, FFN, KINDS, Replication, Step, kind_size
+from rondel.quant.descent import Leaf, batches, descend, divergence, open_workers
+from rondel.quant.student import MEAN, Student, Values
+from rondel.quant.workers import Workers
+
+STEPS = 150
+BATCH = 4  # windows a step
+GATE_RATE, GAIN_RATE = 2e-2, 5e-3  # Adam's
+RIDGE_WINDOWS = 16  # whose tokens the closed form sees
+RIDGE = 1e-3  # of a branch's energy
+CHANNEL_RIDGE = 0.1  # draws a channel's own gain to the gate that all channels share
+LARGEST_GATE = 2.0  # of the closed form, which is linear in what the model is not
+SMALLEST_GATE = 0.02  # below it, gains of single channels would be noise divided by nothing
+
+FITTED = (
+    "gate_attn",
+    "gate_ffn",
+    "attn_norm_gain",
+    "ffn_norm_gain",
+    "attn_out_gain",
+    "ffn_out_gain",
+    "attn_out_bias",
+    "ffn_out_bias",
+    "q_head_gain",
+    "ffn_hidden_gain",
+)
+DEFAULTS = (("steps", STEPS), ("seed", 0), ("batch", BATCH))
+
+Sets = list[dict[str, torch.Tensor]]
+Known = tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor]
+
+
+def _set_of(found: Replication, step: Step) -> int:
+    """The number of the parameter set that a copy is fitted by; 0 for the base pass."""
+    inherited = found.layer_sets[step.layer] if found.layer_sets else 0
+    return (step.parameters or inherited) if step.number else 0
+
+
+def opening_sets(student: Student, found: Replication, parameters: Sequence[Values] | None = None) -> Sets:
+    """What a fit starts from: gates as given, else closed (open in a mean), and every gain that may be fitted as one.
+
+    A copy that reads the keys of an earlier step keeps the attention norm of that step.
+    """
+    given = parameters if parameters is not None else found.sets
+    sets = [{kind: torch.as_tensor(np.array(v), dtype=torch.float32) for kind, v in one.items()} for one in given]
+    filled: set[int] = set()
+    for step in found.steps:
+        index = _set_of(found, step)
+        own_keys = step.slot not in filled
+        filled.add(step.slot)
+        if not index:
+            continue
+        values, closed = sets[index - 1], parameters is None and found.merges[step.group] != MEAN
+        for part, name in ((ATTENTION, "attn"), (FFN, "ffn")):
+            if not step.parts & part:
+                continue
+            if closed:
+                values[f"gate_{name}"] = torch.zeros(1)
+            for kind in (f"{name}_norm_gain", f"{name}_out_gain"):
+                if own_keys or kind != "attn_norm_gain":
+                    values.setdefault(kind, torch.full((kind_size(kind, student.numbers),), KINDS[kind][2]))
+    return [{kind: values.to(student.device, student.dtype) for kind, values in one.items()} for one in sets]
+
+
+class _Fit:
+    """One fit under way, with what no step changes: what both models compute of the windows around the copies."""
+
+    def __init__(
+        self, student: Student, teacher: Student, windows: torch.Tensor, found: Replication, sets: Sets
+    ) -> None:
+        self.student, self.teacher, self.windows, self.found, self.sets = student, teacher, windows, found, sets
+        copied = {step.layer for step in found.steps if _set_of(found, step)}
+        self.spans = {  # first and last group of each copied layer
+            layer: (min(groups), max(groups))
+            for layer in sorted(copied)
+            if (groups := [step.group for step in found.steps if step.layer == layer])
+        }
+        self.first = min(first for first, _ in self.spans.values())
+        self.last = max(last for _, last in self.spans.values())
+        self.aligned = teacher.layers == student.layers and teacher.numbers.width == student.numbers.width
+        self._known: dict[int, Known] = {}
+        self._spread: dict[int, torch.Tensor] = {}
+
+    def known(self, window: int) -> Known:
+        """The student's stream before the copies, the teacher's behind each copied layer, and at its end."""
+        if window not in self._known:
+            with torch.no_grad():
+                tokens = self.windows[window][None]
+                before = self.student.embed(tokens)
+                if self.first > 0:
+                    before = self.through(before, 0, self.first - 1)[-1]
+                after = list(self.teacher.groups(self.teacher.embed(tokens)))
+                targets = {layer: x for layers, x in after for layer in layers if self.aligned and layer in self.spans}
+                self._known[window] = before, targets, after[-1][1]
+        return self._known[window]
+
+    def through(self, x: torch.Tensor, first: int, last: int | None) -> list[torch.Tensor]:
+        """The stream after each group of the student from `first` to `last`."""
+        return [x for _, x in self.student.groups(x, self.found, self.sets, first=first, last=last)]
+
+    def block_loss(self, window: int) -> torch.Tensor:
+        """How far the streams behind the copied layers are from the teacher's, in its spread of each channel."""
+        x, targets, _ = self.known(window)
+        after = self.through(x, self.first, self.last)
+        errors = [
+            ((after[last - self.first] - targets[layer]) / self.spread(layer)).square().mean()
+            for layer, (_, last) in self.spans.items()
+        ]
+        return torch.stack(errors).mean()
+
+    def logit_loss(self, window: int) -> torch.Tensor:
+        """KL from the teacher's distribution, mean over positions, in nats."""
+        x, _, end = self.known(window)
+        return divergence(self.student.head(self.through(x, self.first, None)[-1]), self.teacher.head(end))
+
+    def spread(self, layer: int) -> torch.Tensor:
+        """The teacher's standard deviation of each channel behind a layer, on the first window."""
+        if layer not in self._spread:
+            self._spread[layer] = self.known(0)[1][layer][0].std(0).clamp_min(1e-6)
+        return self._spread[layer]
+
+
+def _ridge(fit: _Fit, layer: int, windows: range, workers: Workers) -> None:
+    """Set the gates and output gains of a layer's copies by least squares on what is missing behind the layer."""
+    first, last = fit.spans[layer]
+    numbers = sorted({index for step in fit.found.steps if step.layer == layer and (index := _set_of(fit.found, step))})
+    gates = [(fit.sets[number - 1], part) for number in numbers for part in ("attn", "ffn")]
+    gates = [(values, part) for values, part in gates if f"gate_{part}" in values]
+
+    def moments(window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over tokens: (width, gates, gates) of the branches, (width, gates) of branches and what is missing."""
+        before, targets, _ = fit.known(window)
+        with torch.no_grad():
+            x = before if first == fit.first else fit.through(before, fit.first, first - 1)[-1]
+            now = fit.through(x, first, last)[-1]
+            branches = []
+            for values, part in gates:
+                changed = [
+                    {**one, f"gate_{part}": one[f"gate_{part}"] + 1} if one is values else one for one in fit.sets
+                ]
+                groups = fit.student.groups(x, fit.found, changed, first=first, last=last)
+                branches.append([after for _, after in groups][-1] - now)
+            u = (torch.stack(branches, -1)[0] / fit.spread(layer)[:, None]).double()
+            r = ((targets[layer] - now)[0] / fit.spread(layer)).double()
+            return torch.einsum("tjp,tjq->jpq", u, u), torch.einsum("tjp,tj->jp", u, r)
+
+    parts = list(workers.map(moments, windows))
+    square, cross = sum(a for a, _ in parts), sum(b for _, b in parts)
+    assert isinstance(square, torch.Tensor)
+    assert isinstance(cross, torch.Tensor)
+    total = square.sum(0)
+    eye = torch.eye(len(gates), dtype=total.dtype, device=total.device)
+    shared = torch.linalg.solve(total + RIDGE * total.diagonal().mean() * eye + 1e-30 * eye, cross.sum(0))
+    shared = shared.clamp(-LARGEST_GATE, LARGEST_GATE)
+    pull = CHANNEL_RIDGE * square.diagonal(dim1=1, dim2=2).mean(-1)[:, None] + 1e-30
+    own = torch.linalg.solve(square + pull[..., None] * eye, cross + pull * shared)
+    for number, (values, part) in enumerate(gates):
+        gate = values[f"gate_{part}"]
+        opened = gate + shared[number].to(gate)
+        if f"{part}_out_gain" in values and float(opened.abs()) >= SMALLEST_GATE:
+            wanted = gate * values[f"{part}_out_gain"] + own[:, number].to(gate).clamp(-LARGEST_GATE, LARGEST_GATE)
+            values[f"{part}_out_gain"] = wanted / opened
+        values[f"gate_{part}"] = opened
+
+
+def _leaves(fit: _Fit) -> list[Leaf]:
+    return [
+        Leaf(values, GATE_RATE if kind.startswith("gate") else GAIN_RATE)
+        for one in fit.sets
+        for kind, values in one.items()
+        if kind in FITTED
+    ]
+
+
+def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its start and settings)
+    student: Student,
+    teacher: Student,
+    windows: torch.Tensor,
+    replication: Replication,
+    parameters: Sequence[Values] | None,
+    config: Any,
+    *,
+    workers: Workers | None = None,
+) -> Sets:
+    """The parameter sets of `replication`, one dict a set, fitted on token windows (n, context); float16 values.
+
+    `parameters`: where to start; None: closed copies. Of `config`: steps (half on streams where there are any, half on
+    logits), seed, batch (windows a step). The result is the same for any number of workers.
+    """
+    if teacher.numbers.vocabulary != student.numbers.vocabulary:
+        raise RondelError(
+            f"{teacher.source.root}: the teacher has {teacher.numbers.vocabulary} tokens, the model has "
+            f"{student.numbers.vocabulary}; the teacher must be the float model that this one was quantized from"
+        )
+    sets = opening_sets(student, replication, parameters)
+    if not any(_set_of(replication, step) for step in replication.steps):
+        return sets
+    steps, seed, batch = (getattr(config, name, default) for name, default in DEFAULTS)
+    fit = _Fit(student, teacher, windows, replication, sets)
+    with open_workers(workers) as crew:
+        fit.known(0)
+        on_blocks = steps // 2 if fit.aligned else 0
+        if fit.aligned:
+            for layer in fit.spans:
+                _ridge(fit, layer, range(min(len(windows), RIDGE_WINDOWS)), crew)
+            descend(_leaves(fit), fit.block_loss, batches(len(windows), on_blocks, batch, seed), crew)
+        descend(_leaves(fit), fit.logit_loss, batches(len(windows), steps - on_blocks, batch, seed + 1), crew)
+    return [{kind: values.detach().half().float() for kind, values in one.items()} for one in sets]
