@@ -97,14 +97,14 @@ BudgetOption = Annotated[
     int, typer.Option("--budget-evals", metavar="N", min=1, help="The most candidates that a search fits.")
 ]
 MaxLayersOption = Annotated[
-    float, typer.Option("--max-layers", metavar="SHARE", min=0, max=1, help="The most layers that run again.")
+    float,
+    typer.Option("--max-layers", metavar="N", min=0, help="The most layers that run again: a share, or 1, 2, ..."),
 ]
 MaxComputeOption = Annotated[
     float, typer.Option("--max-compute", metavar="FACTOR", min=1, help="The most work, where 1 is every layer once.")
 ]
 MaxCacheOption = Annotated[
-    int | None,
-    typer.Option("--max-kv", metavar="BYTES", min=0, help="The most that copies' keys and values take at --context."),
+    float, typer.Option("--max-kv", metavar="FACTOR", min=1, help="The most keys and values, counted alike.")
 ]
 ContextOption = Annotated[
     int | None,
@@ -160,7 +160,7 @@ def replicate(
     budget_evals: BudgetOption = 40,
     max_layers: MaxLayersOption = 0.25,
     max_compute: MaxComputeOption = 1.25,
-    max_kv: MaxCacheOption = None,
+    max_kv: MaxCacheOption = 1.25,
     context: ContextOption = None,
     tokens: TokensOption = 131072,
     steps: StepsOption = 150,

@@ -60,9 +60,9 @@ class ReplicateConfig:
     gate: float | None = None  # of copies whose specification has none; None: 1 in a mean, else 0.1; fitted: 0
     search: Literal["screen", "grid", "bayes", "evolve"] = "screen"
     budget_evals: int = 40  # candidates that a search measures at most
-    max_layers: float = 0.25  # share of the layers that may run more than once; one always may
+    max_layers: float = 0.25  # layers that may run more than once: a share below 1 (one always may), else a count
     max_compute: float = 1.25  # executions of all steps, over those of the layers
-    max_kv: int | None = None  # bytes that the copies' keys and values may take at --context; None: any number
+    max_kv: float = 1.25  # KV caches of all steps, over those of the layers
     context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
     tokens: int = 131072  # the most to fit, to choose and to decide with
     steps: int = 150  # of every optimization
