@@ -17,8 +17,9 @@ from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters, block_tensor
 from rondel.converters.outgoing import Outgoing
-from rondel.converters.replication import ATTENTION, FFN, ParameterSet, Replication, Step
+from rondel.converters.replication import ATTENTION, FFN, Replication, Step
 from rondel.converters.replication_codec import decode_replication
+from rondel.converters.replication_kinds import ACTIVATION_KINDS, LOW_RANK, ParameterSet
 from rondel.converters.rotation import Rotation
 
 MOST_LAYERS = 512  # llama.cpp's
@@ -79,11 +80,21 @@ def _query_gains(step: Step, heads: np.ndarray, numbers: Hyperparameters, normed
     return {"attn_q_norm.weight": _rows(heads[:1], numbers.head_dim)}
 
 
+def _check_parameters(step: Step, parameters: ParameterSet) -> None:
+    """Refuse what no tensor of a layer can hold."""
+    for kind, values in parameters.items():
+        role = kind.rpartition("_")[0]
+        if kind in ACTIVATION_KINDS:
+            raise _refuse(step, kind, "no tensor holds how activations are rounded; export without --materialize")
+        if role in LOW_RANK and np.any(values):
+            raise _refuse(step, f"the low-rank term of {role}", "ship it as a LoRA file beside the base model")
+        if kind in ("attn_out_bias", "ffn_out_bias") and np.any(values):
+            raise _refuse(step, kind, "the architecture has no place for it")
+
+
 def _gains(step: Step, parameters: ParameterSet, numbers: Hyperparameters, normed: bool) -> dict[str, np.ndarray]:
     """What each tensor of the step's layer is multiplied with, by its name behind `blk.N.`; per row or element."""
-    for kind in ("attn_out_bias", "ffn_out_bias"):
-        if np.any(parameters.get(kind, 0.0)):
-            raise _refuse(step, kind, "the architecture has no place for it")
+    _check_parameters(step, parameters)
     one = np.ones(numbers.width)
     gains: dict[str, np.ndarray] = {}
     for role, part, gate, out in (

@@ -17,7 +17,15 @@ import numpy as np
 
 from rondel.converters.errors import RondelError
 from rondel.converters.family import Hyperparameters
-from rondel.converters.replication_kinds import KINDS, LOW_RANK, WHOLE_RANGES, ParameterSet, attention_input, kind_shape
+from rondel.converters.replication_kinds import (
+    KINDS,
+    LOW_RANK,
+    WHOLE_RANGES,
+    ParameterSet,
+    attention_input,
+    kind_shape,
+    rank_limit,
+)
 
 VERSION = (1, 0, 0)
 ATTENTION, FFN = 1, 2  # bits of a step's parts
@@ -138,6 +146,10 @@ def _check_values(index: int, kind: str, values: np.ndarray, numbers: Hyperparam
     if values.shape != expected:
         raise _refuse(
             f"{kind} of parameter set {index} has {values.size} values, expected {' x '.join(map(str, expected))}"
+        )
+    if rank_axis is not None and rank > rank_limit(kind, numbers):
+        raise _refuse(
+            f"{kind} of parameter set {index} has the rank {rank}, at most {rank_limit(kind, numbers)} is useful"
         )
     if kind in WHOLE_RANGES:
         low, high = WHOLE_RANGES[kind]

@@ -77,6 +77,11 @@ def kind_shape(kind: str, numbers: Hyperparameters, rank: int = 1) -> tuple[int,
     return {"left": (size, rank), "right": (rank, size)}.get(KINDS[kind].dimension, (size,))
 
 
+def rank_limit(kind: str, numbers: Hyperparameters) -> int:
+    """The largest rank of the low-rank term that a kind is half of."""
+    return min(numbers.size(dimension) for dimension in LOW_RANK[kind.rpartition("_")[0]])
+
+
 def attention_input(values: ParameterSet) -> ParameterSet:
     """The values that change a step's keys and values: parallel steps that differ in them cannot share a KV slot."""
     kinds = ("attn_norm_gain", *ACTIVATION_KINDS, *(f"attn_{x}_{half}" for x in "kv" for half in ("left", "right")))

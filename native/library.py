@@ -10,7 +10,7 @@ from rondel.native import _rondel
 
 ffi = _rondel.ffi
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class NativeError(Exception):

@@ -1,4 +1,4 @@
-"""Owns what the activation kinds of a copy mean: the input rows of its linears, rounded to a grid of their own and back.
+"""Owns what the activation kinds of a copy mean: input rows of its linears, rounded to a grid of their own and back.
 
 Seeds go through one counter hash, so that the runtime and this file, any batch and any number of threads see the same
 numbers: h = 0, then h = mix(h + word + 0x9e3779b97f4a7c15) mod 2^64 for each word, with the finalizer of SplitMix64

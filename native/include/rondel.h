@@ -50,6 +50,11 @@ rondel_hadamard *rondel_hadamard_new(int64_t size, int64_t block, const uint8_t 
 void rondel_hadamard_free(rondel_hadamard *hadamard);
 int32_t rondel_hadamard_rows(const rondel_hadamard *hadamard, float *x, int64_t n); /* in place on (n, size) */
 
+/* ---- activations as copies with such parameters round them: rows of one layer (input 0 attention, 1 heads, 2 FFN, 3 hidden)
+ * at the positions `position`, position + 1, ... to `bits` and back, in place on (n, channels); seeds of 0 mean none ---- */
+int32_t rondel_round_activations(float *x, int64_t n, int64_t channels, int32_t bits, float scale, int32_t seed,
+                                 int32_t rotation, int32_t layer, int32_t input, int32_t position);
+
 /* ---- a GGUF file: parsed, checked and mapped (all shards of a split) ---- */
 typedef struct rondel_file rondel_file;
 rondel_file *rondel_file_open(const char *path);

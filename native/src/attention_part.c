@@ -59,7 +59,7 @@ static void attend(void *argument, int thread, int threads) {
 }
 
 static void read_heads(struct pass *pass, int row, int thread) {
-    pass_input(pass, row, pass->session->heads + (int64_t)row * pass->numbers->heads * pass->numbers->head_dim, thread);
+    pass_input(pass, row, pass->session->heads + (int64_t)row * pass->numbers->heads * pass->numbers->head_dim);
 }
 
 void run_attention(struct pass *pass) {

@@ -18,4 +18,4 @@ int set_error(const char *format, ...) {
 
 EXPORT const char *rondel_last_error(void) { return message; }
 
-EXPORT uint32_t rondel_abi_version(void) { return 3; }
+EXPORT uint32_t rondel_abi_version(void) { return 4; }

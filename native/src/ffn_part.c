@@ -19,7 +19,7 @@ static void project_hidden(void *argument, int thread, int threads) {
 static void read_hidden(struct pass *pass, int row, int thread) {
     float *hidden = pass->session->gate + (int64_t)row * pass->numbers->hidden;
     pass_rotate(pass, pass->layer->hidden_rotation, hidden, 1, thread);
-    pass_input(pass, row, hidden, thread);
+    pass_input(pass, row, hidden);
 }
 
 void run_ffn(struct pass *pass) {

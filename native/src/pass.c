@@ -28,7 +28,24 @@ void pass_reads(struct pass *pass, enum role role, int count) {
     pass->group = linear_group_of(pass->layer->linear + role, count, pass->session->packed);
 }
 
-void pass_input(struct pass *pass, int row, float *x, int thread) { linear_pack(&pass->group, row, x); }
+/* The reduced input of the low-rank term of a linear of the group. */
+static float *reduced_input(const struct pass *pass, int row, int index) {
+    return pass->session->reduced + ((int64_t)row * LINEARS_MAX + index) * pass->session->plan->rank;
+}
+
+void pass_input(struct pass *pass, int row, float *x) {
+    const struct parameters *parameters = parameters_of(pass, row);
+    static const int inputs[ROLES] = {[ROLE_Q] = 0, [ROLE_OUTPUT] = 1, [ROLE_GATE] = 2, [ROLE_DOWN] = 3};
+    int64_t cols = pass->group.linear[0].weights.cols;
+    if (parameters->rounding.bits) {
+        struct activation_place place = {(int)(pass->layer - pass->session->model->layer), inputs[pass->reads],
+                                         pass->position + row % pass->n};
+        round_activations(&parameters->rounding, place, x, cols);
+    }
+    for (int i = 0; i < pass->group.count; i++)
+        low_rank_reduce(&parameters->low_rank[(int)pass->reads + i], x, cols, reduced_input(pass, row, i));
+    linear_pack(&pass->group, row, x);
+}
 
 void pass_linear(struct pass *pass, enum role role, int rows, float *out, int thread, int threads, int64_t *first,
                  int64_t *last) {
@@ -36,13 +53,17 @@ void pass_linear(struct pass *pass, enum role role, int rows, float *out, int th
     int64_t stride = pass->group.linear[index].weights.rows;
     pool_share(stride, ROW_GRANULE, thread, threads, first, last);
     linear_rows(&pass->group, index, *first, *last, rows, out, stride);
+    for (int row = 0; row < rows; row++) {
+        const struct low_rank *term = &parameters_of(pass, row)->low_rank[role];
+        if (term->rank) low_rank_add(term, reduced_input(pass, row, index), *first, *last, out + row * stride);
+    }
 }
 
 void norm_stream(struct pass *pass, int row, int thread) {
     float *normed = pass->session->normed + (int64_t)row * pass->numbers->width;
     rms_norm(stream_of(pass, row), pass->layer->norm[pass->part], parameters_of(pass, row)->norm_gain[pass->part],
              pass->numbers->norm_epsilon, pass->numbers->width, normed);
-    pass_input(pass, row, normed, thread);
+    pass_input(pass, row, normed);
 }
 
 void add_to_stream(void *argument, int thread, int threads) {

@@ -41,8 +41,8 @@ void pass_rotate(const struct pass *pass, const rondel_hadamard *rotation, float
 
 /* The next phases read the linears `role` .. role + count - 1 of the layer. */
 void pass_reads(struct pass *pass, enum role role, int count);
-/* Prepares one input row of those linears. */
-void pass_input(struct pass *pass, int row, float *x, int thread);
+/* Prepares one input row of those linears; x may be rounded in place. */
+void pass_input(struct pass *pass, int row, float *x);
 /* This thread's share of rows [*first, *last) of linear `role`, of the input rows 0 .. rows-1: out[row * stride + ...]. */
 void pass_linear(struct pass *pass, enum role role, int rows, float *out, int thread, int threads, int64_t *first,
                  int64_t *last);

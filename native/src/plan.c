@@ -173,6 +173,8 @@ static int fill_plan(struct plan *plan, const struct table *table, const struct 
         if (place_slot(plan, step, table, i)) return -1;
         const struct parameter_set *inherited = &sets->set[table->layer_set && pass > 0 ? table->layer_set[layer] : 0];
         if (parameters_resolve(&step->parameters, &sets->set[table->set[i]], inherited, (int)pass, step->parts)) return -1;
+        for (int role = 0; role < ROLES; role++)
+            if (step->parameters.low_rank[role].rank > plan->rank) plan->rank = step->parameters.low_rank[role].rank;
     }
     return 0;
 }

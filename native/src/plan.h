@@ -3,6 +3,8 @@
 #define RONDEL_PLAN_H
 #include <stdint.h>
 
+#include "activation_rounding.h"
+#include "low_rank.h"
 #include "model.h"
 
 /* What one execution changes about its layer; NULL is identity (gain 1, bias 0). */
@@ -13,6 +15,8 @@ struct parameters {
     const float *out_bias[PARTS];  /* (width) */
     const float *q_head_gain;      /* (heads) */
     const float *hidden_gain;      /* (hidden), on silu(gate) * up */
+    struct activation_rounding rounding; /* of the inputs of all linears */
+    struct low_rank low_rank[ROLES];
 };
 
 enum merge { MERGE_NONE, MERGE_SUM, MERGE_MEAN, MERGE_WEIGHTED_SUM };
@@ -31,6 +35,7 @@ struct step {
 
 struct plan {
     int count, slots, widest; /* steps, KV caches, members of the largest group */
+    int rank;                 /* the largest of all low-rank terms */
     struct step *steps;   /* (count) */
     float *values;        /* all parameters of all sets, pointed into by the steps */
 };
@@ -40,10 +45,11 @@ int plans_build(struct rondel_model *model);
 void plan_free(struct plan *plan);
 
 /* ---- parameter sets (plan_parameters.c) ---- */
-enum { KIND_MAX = 10 }; /* kinds 1..10 are executed */
+enum { KIND_MAX = 45 };
 
 struct parameter_set {
     const float *value[KIND_MAX + 1]; /* by kind; NULL: not set */
+    int rank[KIND_MAX + 1];           /* of low-rank terms */
 };
 
 struct parameter_sets {

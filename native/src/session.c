@@ -66,6 +66,7 @@ static int allocate_scratch(struct rondel_session *session) {
                    {&session->v, rows * keys},
                    {&session->gate, rows * hidden},
                    {&session->up, rows * hidden},
+                   {&session->reduced, rows * LINEARS_MAX * (uint64_t)session->plan->rank},
                    {&session->rope, batch * head_dim}};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         if (!(*buffers[i].field = allocate(session, buffers[i].size * sizeof(float)))) return -1;
@@ -131,7 +132,8 @@ EXPORT void rondel_session_free(rondel_session *session) {
     pool_free(session->pool);
     kv_release(&session->kv);
     float *buffers[] = {session->x, session->input, session->branches, session->normed, session->update, session->q,
-                        session->heads, session->k, session->v, session->gate, session->up, session->rope};
+                        session->heads, session->k, session->v, session->gate, session->up, session->reduced,
+                        session->rope};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     for (int i = 0; i < LINEARS_MAX; i++) free(session->packed[i]);
     free(session->lanes);
@@ -145,7 +147,17 @@ static uint64_t linears_bytes(const struct layer *layer, enum role first, int co
     return bytes;
 }
 
-/* What the members of a group with the layer of its member `leader` read: weights once and every KV slot once. */
+static uint64_t low_rank_bytes(const struct step *step) {
+    uint64_t bytes = 0;
+    for (int role = 0; role < ROLES; role++) {
+        const struct matrix *weights = &step->layer->linear[role].weights;
+        bytes += 4 * (uint64_t)step->parameters.low_rank[role].rank * (uint64_t)(weights->rows + weights->cols);
+    }
+    return bytes;
+}
+
+/* What the members of a group with the layer of its member `leader` read: weights once, every KV slot once, and each one's
+ * low-rank terms. */
 static uint64_t bytes_of_members(const struct rondel_session *session, const struct step *group, int leader, int positions) {
     const struct layer *layer = group[leader].layer;
     uint64_t norm = 4 * (uint64_t)session->model->numbers.width, bytes = 0;
@@ -154,6 +166,7 @@ static uint64_t bytes_of_members(const struct rondel_session *session, const str
         if (group[i].layer != layer) continue;
         parts |= group[i].parts;
         writes_kv |= group[i].writes_kv;
+        bytes += low_rank_bytes(&group[i]);
         if (group[i].leads_slot) bytes += kv_bytes_of(&session->kv, positions);
     }
     if (parts >> ATTENTION & 1) bytes += norm + linears_bytes(layer, ROLE_Q, 1) + linears_bytes(layer, ROLE_OUTPUT, 1);

@@ -28,6 +28,7 @@ struct rondel_session {
     float *q, *heads;               /* (rows, heads * head_dim): queries, and what attention makes of them */
     float *k, *v;                   /* (rows, kv_heads * head_dim) */
     float *gate, *up;               /* (rows, hidden) */
+    float *reduced;                 /* (rows, LINEARS_MAX, largest rank): inputs of low-rank terms */
     float *rope;                    /* (batch, head_dim): cosines and sines of each token's position */
     uint8_t *packed[LINEARS_MAX];   /* (rows, prepared for a matmul), one for each kind of preparation */
     uint8_t *thread_scratch;        /* (threads, thread_bytes) */

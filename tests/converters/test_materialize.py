@@ -179,7 +179,15 @@ def test_rotations_follow_their_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "parameters", "words"),
     [
-        ("llama", {"ffn_out_bias": np.ones(WIDTH)}, "no place"),
+        ("llama", {"ffn_out_bias": np.ones(WIDTH)}, "ffn_out_bias of a copy of layer 0 .* no place"),
+        ("llama", {"attn_out_bias": np.ones(WIDTH)}, "attn_out_bias of a copy of layer 0 .* no place"),
+        ("llama", {"act_bits": np.full(1, 8)}, "act_bits .* how activations are rounded"),
+        ("llama", {"rounding": np.full(1, 3)}, "rounding .* how activations are rounded"),
+        (
+            "llama",
+            {"ffn_up_left": np.ones((HIDDEN, 1)), "ffn_up_right": np.ones((1, WIDTH))},
+            "low-rank term of ffn_up of a copy of layer 0 .* LoRA",
+        ),
         ("qwen3", {"q_head_gain": spread(HEADS, 1)}, "normalizes all query heads"),
     ],
 )

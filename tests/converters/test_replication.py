@@ -329,6 +329,7 @@ RANK_TWO = {"ffn_up_left": np.ones((24, 2), np.float32), "ffn_up_right": np.ones
         (RANK_TWO | {"ffn_up_right": np.ones((3, 16))}, "ranks 2 and 3 in the low-rank term of ffn_up"),
         (RANK_TWO | {"ffn_up_left": np.ones((16, 2))}, "ffn_up_left of parameter set 1 has 32 values, expected 24 x 2"),
         (RANK_TWO | {"ffn_up_left": np.ones(48)}, "48 values, expected 24 x 1"),
+        (RANK_TWO | {"ffn_up_left": np.ones((24, 17))}, "the rank 17, at most 16 is useful"),
         (RANK_TWO | {"ffn_up_left": np.ones((24, 0))}, "0 values, expected 24 x 1"),
     ],
 )

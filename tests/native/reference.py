@@ -10,7 +10,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from rondel.quant.activation_rounding import PLACES, round_activations
 
 Array = NDArray[Any]
 Tensors = dict[str, Array]
@@ -28,7 +31,15 @@ KINDS = {
     "ffn_out_bias": 8,
     "q_head_gain": 9,
     "hidden_gain": 10,
+    "act_scale": 16,
+    "act_clip": 17,
+    "act_bits": 18,
+    "rounding": 19,
+    "rotation_seed": 20,
 }
+ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+KINDS |= {f"{role}_{half}": 32 + 2 * i + j for i, role in enumerate(ROLES) for j, half in enumerate(("left", "right"))}
+WHOLE = ("act_bits", "rounding", "rotation_seed")  # int16, the others float16
 
 
 @dataclass(frozen=True)
@@ -153,15 +164,17 @@ def number_steps(steps: list[Step]) -> list[Step]:
 
 
 def replication_keys(layers: int, steps: list[Step], merges: list[int]) -> dict[str, Any]:
-    """The keys of formats.md §4, every parameter as dense float16."""
+    """The keys of formats.md §4, no parameter sparse."""
     kinds: list[int] = []
+    encodings: list[int] = []
     offsets: list[int] = []
     lengths: list[int] = []
     first, sets, payload = [0], [], b""
     for step in steps:
         for name, values in step.parameters.items():
-            halves = np.atleast_1d(values).astype("<f2")
+            halves = np.atleast_1d(values).astype("<i2" if name in WHOLE else "<f2").reshape(-1)
             kinds.append(KINDS[name])
+            encodings.append(2 if name in WHOLE else 0)
             offsets.append(len(payload) // 2)
             lengths.append(len(halves))
             payload += halves.tobytes()
@@ -189,7 +202,7 @@ def replication_keys(layers: int, steps: list[Step], merges: list[int]) -> dict[
     if kinds:  # the gguf package cannot write empty arrays
         keys |= {
             "ent.kind": array(kinds, types.UINT8),
-            "ent.enc": array([0] * len(kinds), types.UINT8),
+            "ent.enc": array(encodings, types.UINT8),
             "ent.off": array(offsets, types.UINT32),
             "ent.len": array(lengths, types.UINT32),
         }
@@ -259,7 +272,10 @@ def _block(numbers: Numbers, tensors: Tensors, x: Array, step: Step, cache: dict
         return tensors[f"blk.{step.layer}.{role}.weight"]
 
     def linear(role: str, y: Array) -> Array:
-        return y @ tensor(role).T + tensors.get(f"blk.{step.layer}.{role}.bias", 0.0)
+        values = {name: np.atleast_1d(value) for name, value in given.items()}
+        y = round_activations(torch.from_numpy(y), values, step.layer, PLACES[role], np.arange(n)).numpy()
+        term = y @ given[f"{role}_right"].T @ given[f"{role}_left"].T if f"{role}_left" in given else 0.0
+        return y @ tensor(role).T + tensors.get(f"blk.{step.layer}.{role}.bias", 0.0) + term
 
     def heads(role: str, count: int, y: Array) -> Array:
         z = linear(f"attn_{role}", y).reshape(n, count, head_dim)

@@ -46,6 +46,25 @@ def gains(seed: int = 1) -> dict[str, Any]:
     return values | {"gate_attn": np.float32(0.5), "gate_ffn": np.float32(0.25)}
 
 
+SIZES = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "output": (32, 32)}  # rows, channels; of attention
+SIZES = {f"attn_{role}": size for role, size in SIZES.items()}
+SIZES |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+
+
+def low_rank(rank: int, seed: int = 4) -> dict[str, Any]:
+    """A term beside every linear, about as large as the linear."""
+    generator = np.random.default_rng(seed)
+    found: dict[str, Any] = {}
+    for role, (rows, channels) in SIZES.items():
+        found[f"{role}_left"] = generator.standard_normal((rows, rank)) / rank**0.5
+        found[f"{role}_right"] = generator.standard_normal((rank, channels)) / channels**0.5
+    return found
+
+
+ROUNDED = {"act_bits": 4, "act_scale": 1.25, "act_clip": 0.75}
+DITHERED = {"act_bits": 4, "rounding": 77, "rotation_seed": 5}
+
+
 def serial(copy: dict[str, Any], parts: int = BLOCK) -> tuple[list[Step], list[int]]:
     steps = number_steps([Step(0), Step(1), Step(1, 1, parts, parameters=copy), Step(2)])
     return steps, [NONE] * 4
@@ -135,6 +154,21 @@ PLANS |= {
         ],
         [MEAN, NONE],
     ),
+    "low-rank": serial(gains() | low_rank(3)),
+    "low-rank-in-parallel": parallel(gains() | low_rank(5), SUM),
+    "rounded-activations": serial(OPEN | ROUNDED),
+    "dithered-and-turned-activations": serial(gains() | DITHERED),
+    "everything-in-parallel": (
+        [
+            Step(0),
+            Step(1, group=1, kv=1),
+            Step(1, 1, group=1, kv=2, parameters=gains(2) | ROUNDED | low_rank(1)),
+            Step(1, 2, group=1, kv=1, parameters=gains(3)),
+            Step(1, 3, group=1, kv=3, parameters=gains(4) | DITHERED | low_rank(7, seed=9)),
+            Step(2, group=2, kv=4),
+        ],
+        [NONE, SUM, NONE],
+    ),
     "copies-in-parallel-after-their-layer": (
         [
             Step(0),
@@ -214,6 +248,12 @@ def test_parallel_copies_read_the_weights_once(tmp_path: Path) -> None:
     assert own == [alone[0] + cached * len(TOKENS), alone[1] + cached * (len(TOKENS) + 1)]
     layer = sum(tensor.nbytes for name, tensor in random_weights(NUMBERS).items() if name.startswith("blk.1."))
     assert bytes_read(write(tmp_path, *serial(gains())))[1] == own[1] + layer
+
+
+def test_low_rank_terms_are_read_by_each_copy(tmp_path: Path) -> None:
+    alone = bytes_read(write(tmp_path, *parallel(gains(), SUM)))[1]
+    term = sum(4 * 3 * (rows + channels) for rows, channels in SIZES.values())
+    assert bytes_read(write(tmp_path, *parallel(gains() | low_rank(3), SUM)))[1] == alone + term
 
 
 def test_a_slot_read_by_a_later_group_counts_once(tmp_path: Path) -> None:
@@ -303,7 +343,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "entry offset": ({"ent__off": [0] * 9 + [4_000_000_000]}, "outside the payload"),
     "entry length": ({"ent__len": [31] + [1] * 9}, "31 values, expected 32"),
     "kind": ({"ent__kind": [21] + [3] * 9}, "kind 21 .expert gain. cannot be executed"),
+    "kind beyond": ({"ent__kind": [46] + [3] * 9}, "kind 46 .unknown. cannot be executed"),
     "encoding": ({"ent__enc": [2] * 10}, "encoding 2"),
+    "whole number as half": ({"ent__kind": [18] + [3] * 9}, "kind 18 in the encoding 0"),
+    "activation bits": ({"ent__kind": [18] + [3] * 9, "ent__enc": [2] + [0] * 9, "ent__len": [1] * 10}, "value"),
+    "activation scale": ({"ent__kind": [16] + [3] * 9, "ent__len": [1] + [32] * 9, "payload": "AA" * 900}, "value 0"),
+    "half a term": ({"ent__kind": [38, 4, 5, 6, 9, 10, 7, 8, 1, 2]}, "kinds 38 and 39. have the ranks 1 and 0"),
+    "sparse term": ({"ent__kind": [38] + [3] * 9, "ent__enc": [1] + [0] * 9}, "kind 38 in the encoding 1"),
+    "term of no rank": ({"ent__kind": [38] + [3] * 9, "ent__len": [0] + [1] * 9}, "a multiple of 32, at most 32 times"),
+    "term beyond full rank": ({"ent__kind": [32] + [3] * 9, "ent__len": [33 * 32] + [1] * 9}, "at most 32 times"),
     "payload": ({"payload": "AAA*"}, "base64"),
     "empty payload": ({"payload": ""}, "outside the payload"),
     "gates": ({"step__pset": [0, 0, 0, 0]}, "no gate of its own"),
