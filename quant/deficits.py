@@ -13,7 +13,7 @@ import torch
 
 from rondel.converters.family import block_tensor
 from rondel.quant.descent import divergence
-from rondel.quant.student import Student, Weights
+from rondel.quant.student import Student, Values, Weights
 from rondel.quant.workers import Workers
 
 LARGEST_ERROR = 0.9  # of the teacher's norm: beyond, the matrices stand in two bases and their difference means nothing
@@ -41,12 +41,12 @@ class _Watched(Student):
         self._roles = roles
         self.moments: dict[str, torch.Tensor] = {}
 
-    def _linear(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None) -> torch.Tensor:
+    def _linear(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None, values: Values) -> torch.Tensor:
         if role in self._roles:
             rows = x.detach().flatten(0, -2)
             name = block_tensor(layer, role)
             self.moments[name] = self.moments.get(name, 0) + (rows.T @ rows).double()
-        return super()._linear(layer, role, x, weights)
+        return super()._linear(layer, role, x, weights, values)
 
 
 def input_moments(student: Student, windows: torch.Tensor, workers: Workers) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from rondel.converters.errors import RondelError
-from rondel.converters.replication import ATTENTION, FFN, KINDS, Replication, Step, kind_size
+from rondel.converters.replication import ATTENTION, FFN, Replication, Step
+from rondel.converters.replication_kinds import KINDS, kind_size
 from rondel.quant.descent import Leaf, batches, descend, divergence, open_workers
 from rondel.quant.student import MEAN, Student, Values
 from rondel.quant.workers import Workers
@@ -54,15 +55,15 @@ def _set_of(found: Replication, step: Step) -> int:
 def opening_sets(student: Student, found: Replication, parameters: Sequence[Values] | None = None) -> Sets:
     """What a fit starts from: gates as given, else closed (open in a mean), and every gain that may be fitted as one.
 
-    A copy that reads the keys of an earlier step keeps the attention norm of that step.
+    A parallel copy that reads its layer's keys keeps its attention norm as well.
     """
     given = parameters if parameters is not None else found.sets
     sets = [{kind: torch.as_tensor(np.array(v), dtype=torch.float32) for kind, v in one.items()} for one in given]
-    filled: set[int] = set()
+    filled: dict[int, int] = {}
     for step in found.steps:
         index = _set_of(found, step)
-        own_keys = step.slot not in filled
-        filled.add(step.slot)
+        own_keys = filled.setdefault(step.slot, -1) != step.group
+        filled[step.slot] = step.group
         if not index:
             continue
         values, closed = sets[index - 1], parameters is None and found.merges[step.group] != MEAN
@@ -73,7 +74,7 @@ def opening_sets(student: Student, found: Replication, parameters: Sequence[Valu
                 values[f"gate_{name}"] = torch.zeros(1)
             for kind in (f"{name}_norm_gain", f"{name}_out_gain"):
                 if own_keys or kind != "attn_norm_gain":
-                    values.setdefault(kind, torch.full((kind_size(kind, student.numbers),), KINDS[kind][2]))
+                    values.setdefault(kind, torch.full((kind_size(kind, student.numbers),), KINDS[kind].identity))
     return [{kind: values.to(student.device, student.dtype) for kind, values in one.items()} for one in sets]
 
 

@@ -21,6 +21,8 @@ from rondel.converters.errors import RondelError
 from rondel.converters.family import EMBEDDING, OUTPUT_NORM, Hyperparameters, block_tensor
 from rondel.converters.replication import ATTENTION, FFN, MERGES, Replication, Step
 from rondel.converters.replication_codec import decode_replication
+from rondel.converters.replication_kinds import ACTIVATION_KINDS
+from rondel.quant.activation_rounding import PLACES, round_activations
 from rondel.quant.decoded_view import DecodedView
 from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 from rondel.quant.reference import rms_norm, rope_tables
@@ -100,17 +102,15 @@ class Student:
         """
         normed = self._gained(values, "attn_norm_gain", self._normed(layer, "attn_norm", x, weights))
         if kv is None:
-            kv = (
-                self._heads(layer, "attn_k", normed, weights),
-                self._split(self._linear(layer, "attn_v", normed, weights)),
-            )
-        queries = self._heads(layer, "attn_q", normed, weights)
+            made = self._split(self._linear(layer, "attn_v", normed, weights, values))
+            kv = self._heads(layer, "attn_k", normed, weights, values), made
+        queries = self._heads(layer, "attn_q", normed, weights, values)
         if "q_head_gain" in values:
             queries = queries * self._own(values["q_head_gain"])[:, None, None]
         group = self.numbers.heads // self.numbers.kv_heads  # query heads g*group .. share the key-value head g
-        keys, read = (half.repeat_interleave(group, 1) for half in kv)
-        attended = scaled_dot_product_attention(queries, keys, read, is_causal=True)
-        added = self._linear(layer, "attn_output", attended.transpose(1, 2).flatten(2), weights)
+        keys, seen = (half.repeat_interleave(group, 1) for half in kv)
+        attended = scaled_dot_product_attention(queries, keys, seen, is_causal=True)
+        added = self._linear(layer, "attn_output", attended.transpose(1, 2).flatten(2), weights, values)
         return self._shaped(values, "attn", added), kv
 
     def feed_forward(
@@ -118,9 +118,9 @@ class Student:
     ) -> torch.Tensor:
         """What the feed-forward part adds to the residual stream x (b, n, width), gates included."""
         normed = self._gained(values, "ffn_norm_gain", self._normed(layer, "ffn_norm", x, weights))
-        gate, up = (self._linear(layer, role, normed, weights) for role in ("ffn_gate", "ffn_up"))
+        gate, up = (self._linear(layer, role, normed, weights, values) for role in ("ffn_gate", "ffn_up"))
         hidden = self._gained(values, "ffn_hidden_gain", silu(gate) * up)
-        added = self._linear(layer, "ffn_down", self._turned("hidden", layer, hidden), weights)
+        added = self._linear(layer, "ffn_down", self._turned("hidden", layer, hidden), weights, values)
         return self._shaped(values, "ffn", added)
 
     def run(
@@ -209,21 +209,26 @@ class Student:
     def _normed(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None) -> torch.Tensor:
         return rms_norm(x, self._tensor(block_tensor(layer, role), weights), self.numbers.norm_epsilon)
 
-    def _linear(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None) -> torch.Tensor:
-        bias = block_tensor(layer, role, "bias")
-        return linear(
-            x,
-            self._tensor(block_tensor(layer, role), weights),
-            self._tensor(bias, weights) if bias in self.tensors else None,
-        )
+    def _linear(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None, values: Values) -> torch.Tensor:
+        """A linear, with the activation kinds and the low-rank term of `values`; rounding passes gradients through."""
+        if values.keys() & ACTIVATION_KINDS.keys():
+            told = {kind: values[kind].detach().cpu().numpy() for kind in values.keys() & ACTIVATION_KINDS.keys()}
+            rounded = round_activations(x.detach(), told, layer, PLACES[role], np.arange(x.shape[-2]))
+            x = x + (rounded - x).detach()
+        weight, bias = self._tensor(block_tensor(layer, role), weights), block_tensor(layer, role, "bias")
+        y = linear(x, weight, self._tensor(bias, weights) if bias in self.tensors else None)
+        if f"{role}_left" in values and f"{role}_right" in values:
+            left, right = self._own(values[f"{role}_left"]), self._own(values[f"{role}_right"])
+            y = y + linear(linear(x, right), left)
+        return y
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """(b, n, heads * head_dim) as (b, heads, n, head_dim)."""
         return x.unflatten(-1, (-1, self.numbers.head_dim)).transpose(1, 2)
 
-    def _heads(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None) -> torch.Tensor:
+    def _heads(self, layer: int, role: str, x: torch.Tensor, weights: Weights | None, values: Values) -> torch.Tensor:
         """Queries or keys (b, heads, n, head_dim), normalized where the family does so, then turned by RoPE."""
-        heads = self._split(self._linear(layer, role, x, weights))
+        heads = self._split(self._linear(layer, role, x, weights, values))
         if block_tensor(layer, f"{role}_norm") in self.tensors:
             heads = self._normed(layer, f"{role}_norm", heads, weights)
         cosine, sine = self._tables(x.shape[-2])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +40,23 @@ def test_steps_are_those_of_the_reference(family: str, plan: tuple[str, ...], tm
     expected = torch.stack([ReplicatedReference(source, built).logits(window) for window in TOKENS])
     assert distance(Student(source, dtype=torch.float64).logits(TOKENS, built), expected) < ROUNDING64
     assert distance(Student(source).logits(TOKENS, built), expected) < FLOAT32_ERROR
+
+
+def test_low_rank_terms_and_rounded_activations_are_those_of_the_reference(tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_model("llama", tmp_path / "m", layers=2))
+    built = build_replication(ReplicateConfig(("1:serial:1:0.5",)), source.numbers)
+    assert built is not None
+    draw, numbers = np.random.default_rng(1), source.numbers
+    values = {
+        **built.sets[0],
+        "act_bits": np.array([6], np.float32),
+        "rounding": np.array([3], np.float32),
+        "ffn_up_left": draw.normal(size=(numbers.hidden, 2)).astype(np.float32),
+        "ffn_up_right": draw.normal(size=(2, numbers.width)).astype(np.float32),
+    }
+    built = replace(built, sets=(values,))
+    expected = torch.stack([ReplicatedReference(source, built).logits(window) for window in TOKENS])
+    assert distance(Student(source, dtype=torch.float64).logits(TOKENS, built), expected) < ROUNDING64
 
 
 def test_a_quantized_and_rotated_student_is_its_decoded_reference(tmp_path: Path) -> None:
