@@ -66,7 +66,8 @@ MethodOption = Annotated[
         metavar="METHOD",
         help="rtn: round to nearest. imatrix: columns count by their statistics. gptq: error feedback as well. "
         "awq+ or smoothquant+ in front folds channel scales into norms and earlier linears; awq alone means "
-        "awq+imatrix. auto tries all on some layers. Default: gptq where --stats hold their text, else imatrix.",
+        "awq+imatrix. auto tries all on some layers. Default: gptq where --stats hold their text, else "
+        "imatrix; behind awq where rotate measured for this type that scales pay.",
     ),
 ]
 GranularityOption = Annotated[

@@ -137,13 +137,21 @@ def holds_text(importance: Importance | None) -> bool:
     return windows is not None and len(windows) >= FEWEST_WINDOWS
 
 
-def _method(config: QuantizeConfig, importance: Importance | None) -> Method:
-    """The method asked for, or the best one that the statistics allow."""
+def _decided(source: Checkpoint, type_: str | None) -> dict[str, Any]:
+    """What rotate measured to be best for models of this type; empty where it measured nothing for it."""
+    choice: dict[str, Any] = source.manifest.get("rotation_choice", {})
+    return choice if choice.get("type") == type_ else {}
+
+
+def _method(config: QuantizeConfig, importance: Importance | None, decided: str | None) -> Method:
+    """The method asked for, or decided before, or the best one that the statistics allow."""
     stats = importance.stats if importance else None
     enough = holds_text(importance)
     if config.method is None:
         full = stats is not None and stats.has(None, OUTPUT_IN, "second_moment")
-        return Method("gptq" if enough and full else "imatrix")
+        best = Method("gptq" if enough and full else "imatrix")
+        method = method_named(decided) if decided else best
+        return method if method.rounding == best.rounding else best
     method = method_named(config.method)
     if method.feeds_back and not enough:
         given = importance.name if importance else "no statistics"
@@ -167,12 +175,13 @@ def _resolve(
     source: Checkpoint, config: QuantizeConfig, budget: Budget | None, importance: Importance | None
 ) -> QuantizeConfig:
     """The config with every name checked and spelled as the formats are."""
-    target = _target(source, config)
+    target, type_ = _target(source, config), _type(config, budget)
+    decided = _decided(source, type_)
     resolved = replace(
         config,
-        type=_type(config, budget),
+        type=type_,
         like=budget.like if budget else None,
-        method=_method(config, importance).name,
+        method=_method(config, importance, decided.get("method")).name,
         tensors=tuple((pattern, format_named(format)) for pattern, format in config.tensors),
         embedding_type=format_named(config.embedding_type) if config.embedding_type else None,
         output_type=format_named(config.output_type) if config.output_type else None,
@@ -230,6 +239,10 @@ def prepare(source: Checkpoint, config: QuantizeConfig, stats: Stats | Importanc
     # With a budget the mixture only stands in for what will be chosen.
     mixture = config.type or config.like or DEFAULT_TYPE
     patterns = _patterns(config, source.names())
+    fine = _decided(source, config.type).get("embedding_type")
+    forced = config.embedding_type or config.pure or any(pattern.search(EMBEDDING) for pattern, _ in patterns)
+    if fine and not forced:
+        config = replace(config, embedding_type=fine)
     policy = Policy(mixture, config.pure, patterns, config.embedding_type, config.output_type)
     choices = choices_for(source, policy, statistics=importance is not None)
     method = method_named(str(config.method))

@@ -30,7 +30,7 @@ from rondel.quant.fold import folded_norms
 from rondel.quant.rotate_checks import check_unturned, validate
 from rondel.quant.rotate_config import RotateConfig, resolved_target, unties_head
 from rondel.quant.rotated_stats import MovedStats
-from rondel.quant.rotation_choice import BOTH, ROTATE, check_choice, choose
+from rondel.quant.rotation_choice import TURNED, check_choice, choose
 from rondel.quant.rotation_search import Found, RotationSearch, planned
 from rondel.quant.rotator import Rotator
 from rondel.quant.stage import stage_record
@@ -40,7 +40,6 @@ __all__ = ["RotateConfig", "plan", "rotate"]
 
 FLOAT32_BYTES = 4
 CHOICE = "choice"  # of the journal alone: an interrupted run does not measure again
-TURNED = (ROTATE, BOTH)
 
 
 @dataclass(frozen=True)

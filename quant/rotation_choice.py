@@ -38,6 +38,7 @@ from rondel.quant.workers import Workers
 
 AS_IS, SCALE, ROTATE, BOTH = "as_is", "scale", "rotate", "rotate_and_scale"
 WAYS = (AS_IS, SCALE, ROTATE, BOTH)
+TURNED = (ROTATE, BOTH)
 MARGIN = 0.25  # dB: about what the measure and the divergence from the float model disagree by between bases
 BIT = 20 * math.log10(2)  # dB: halving every step of a grid takes one more bit a weight
 
@@ -138,17 +139,17 @@ def _measure_place(basis: _Basis, place: Place, rounding: Rounding, stream: torc
         basis.add(kind, *errors)
 
 
-def _measure_embedding(basis: _Basis, stream: torch.Tensor, workers: Workers) -> None:
+def _embedding_error(basis: _Basis, format: str, stream: torch.Tensor, workers: Workers) -> float:
     """The embedding is looked up, so its channels are rounded as if they counted alike, and matter as `stream`."""
-    rows, format = sampled(basis.model.read(EMBEDDING), ROWS_MEASURED), basis.choices[EMBEDDING].format
+    rows = sampled(basis.model.read(EMBEDDING), ROWS_MEASURED)
     packed = round_matrix(EMBEDDING, rows, format, None, workers.threads).packed
     lost = (torch.from_numpy(decode(format, packed, *rows.shape)) - rows).to(torch.float64).square()
     whole = float(rows.to(torch.float64).square().sum())
-    error = float((lost @ stream).sum()) / whole if whole > 0 else 0.0
-    basis.add("token_embd", error, error)
+    return float((lost @ stream).sum()) / whole if whole > 0 else 0.0
 
 
-def _measure(basis: _Basis, layers: list[int], workers: Workers, tell: Callable[[], None]) -> None:
+def _measure(basis: _Basis, layers: list[int], workers: Workers, tell: Callable[[], None]) -> torch.Tensor:
+    """Fill in the errors of a basis; returns how much each channel of its stream matters."""
     ends = not any(rotation.site == "boundary" for rotation in basis.model.rotations)
     inside = _stream_counts(basis, layers, head=ends)
     for layer in layers:
@@ -157,8 +158,31 @@ def _measure(basis: _Basis, layers: list[int], workers: Workers, tell: Callable[
         tell()
     _measure_place(basis, (None, OUTPUT_IN), basis.rounding, inside, workers)
     if ends:
-        _measure_embedding(basis, inside, workers)
+        error = _embedding_error(basis, basis.choices[EMBEDDING].format, inside, workers)
+        basis.add("token_embd", error, error)
     tell()
+    return inside
+
+
+def _with_fine_embedding(now: _Basis, turned: _Basis, stream: torch.Tensor, workers: Workers) -> _Basis:
+    """The turned model with the format that the embedding has while it is the head: mixtures give it less alone."""
+    choice = now.choices[EMBEDDING]
+    error = {"token_embd": [_embedding_error(turned, choice.format, stream, workers)]}
+    choices = {**turned.choices, EMBEDDING: choice}
+    return replace(turned, choices=choices, plain=turned.plain | error, scaled=turned.scaled | error)
+
+
+def _compared(now: _Basis, turned: _Basis, share: float) -> dict[str, Any]:
+    """The table, and the decibels of every way with those that its bytes would be worth; as `choose` tells them."""
+    weights = sum(math.prod(now.model.info(name).shape) for name in now.choices)
+    extra = BIT * 8 * (turned.bytes - now.bytes) / weights
+    lines, gains = _table(now, turned, share)
+    return {
+        "bytes": {"now": now.bytes, "rotated": turned.bytes},
+        "decibels_for_bytes": round(extra, 3),
+        "decibels": {way: round(gain + extra * (way in TURNED), 3) for way, gain in gains.items()},
+        "tensors": lines,
+    }
 
 
 def choose(
@@ -172,8 +196,9 @@ def choose(
 ) -> dict[str, Any]:
     """What to do with the model that shall become one of `config.type`, and why; `check_choice` has been called.
 
-    "chosen" is one of WAYS, "method" what quantize should be asked for. A line a class of tensors has the mean relative
-    output error as the model is, and the decibels by which each way changes it; the last one is of all matrices.
+    "chosen" is one of WAYS; quantize follows "method", and "embedding_type" where that pays for its
+    bytes. A line a class of tensors has the mean relative output error as the model is, and the decibels by which each
+    way changes it; the last one is of all matrices.
     Without statistics nothing is measured, and it turns as asked.
     """
     if stats is None or rotations is None:
@@ -191,26 +216,20 @@ def choose(
         progress(done, steps, "rotated or not")
         done += 1
 
-    for basis in (now, turned):
-        _measure(basis, layers, workers, tell)
+    _measure(now, layers, workers, tell)
+    stream = _measure(turned, layers, workers, tell)
     if "token_embd" not in turned.plain:  # it keeps its basis, and its codes
         turned.add("token_embd", *(errors["token_embd"][0] for errors in (now.plain, now.scaled)))
-    extra = 8 * (turned.bytes - now.bytes) / sum(math.prod(source.info(name).shape) for name in now.choices)
-    lines, gains = _table(now, turned, len(layers) / source.numbers.layers)
-    paid = {way: gain + BIT * extra * (way in (ROTATE, BOTH)) for way, gain in gains.items()}
-    chosen, reason = decide(paid)
+    share = len(layers) / source.numbers.layers
+    compared, fine = _compared(now, turned, share), {}
+    if turned.choices[EMBEDDING] != now.choices[EMBEDDING]:
+        other = _compared(now, _with_fine_embedding(now, turned, stream, workers), share)
+        if min(other["decibels"][way] for way in TURNED) < min(compared["decibels"][way] for way in TURNED):
+            compared, fine = other, {"embedding_type": now.choices[EMBEDDING].format}
+    chosen, reason = decide(compared["decibels"])
     method = task.method.name if chosen in (AS_IS, ROTATE) else f"awq+{task.method.name}"
-    return {
-        "type": task.config.type,
-        "chosen": chosen,
-        "reason": reason,
-        "method": method,
-        "layers": layers,
-        "bytes": {"now": now.bytes, "rotated": turned.bytes},
-        "decibels_for_bytes": round(BIT * extra, 3),
-        "decibels": {way: round(gain, 3) for way, gain in paid.items()},
-        "tensors": lines,
-    }
+    told = {"type": task.config.type, "chosen": chosen, "reason": reason, "method": method, "layers": layers}
+    return told | (fine if chosen in TURNED else {}) | compared
 
 
 def decide(decibels: Mapping[str, float]) -> tuple[str, str]:

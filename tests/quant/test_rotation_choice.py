@@ -15,10 +15,13 @@ from rondel.converters.export import ExportConfig, export
 from rondel.converters.stats import Stats, open_stats, stats_for
 from rondel.native import Model, Session
 from rondel.quant import rotate as rotate_stage
+from rondel.quant import rotation_choice
 from rondel.quant.calibrate import CalibrateConfig, calibrate
 from rondel.quant.calibration_text import CalibrationText
 from rondel.quant.perplexity import log_softmax
 from rondel.quant.quantize import QuantizeConfig, quantize
+from rondel.quant.quantize import plan as plan_quantize
+from rondel.quant.quantize_task import prepare
 from rondel.quant.rotate import RotateConfig, plan, rotate
 from rondel.quant.rotation_choice import AS_IS, BOTH, MARGIN, ROTATE, SCALE, WAYS, _Basis, _stream_counts, decide
 from tests.quant.turned import principal_axes, turned
@@ -154,6 +157,45 @@ def test_an_untied_head_is_paid_for(tmp_path: Path) -> None:
     told = plan(source, kept, open_stats(tmp_path / "calib"), threads=1)["choice"]
     assert told["decibels_for_bytes"] == 0
     assert next(line for line in told["tensors"] if line["tensors"] == "token_embd")[ROTATE] == 0
+
+
+@pytest.mark.parametrize(("bit", "format"), [(0.0, "Q8_0"), (100.0, "Q4_0")])
+def test_an_untied_embedding_keeps_its_type_where_that_pays(
+    bit: float, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture gives the embedding less once it is not the head; quantize gives it what was decided."""
+    source = open_checkpoint(tiny_model("llama", tmp_path / "hf", tied=True, width=96, vocabulary=320))
+    stats = seen(source, tmp_path / "calib")
+    monkeypatch.setattr(rotation_choice, "BIT", bit)
+    monkeypatch.setattr(rotation_choice, "MARGIN", -math.inf)  # it rotates
+    made = rotate(source, tmp_path / "rotated", RotateConfig(type="Q4_0"), stats, threads=1)
+    told = made.manifest["rotation_choice"]
+    assert told.get("embedding_type") == ("Q8_0" if format == "Q8_0" else None)
+    line = next(line for line in told["tensors"] if line["tensors"] == "token_embd")
+    assert line["formats"] == ("Q8_0" if format == "Q8_0" else "Q8_0 to Q4_0")
+    planned = {line["name"]: line for line in plan_quantize(made, QuantizeConfig("Q4_0"))["tensors"]}
+    assert planned["token_embd.weight"]["format"] == format
+    matrices = [line["bytes"] for line in planned.values() if line["format"] != "F32"]
+    assert sum(matrices) == told["bytes"]["rotated"]
+    for asked in (
+        QuantizeConfig("Q4_0", embedding_type="Q5_0"),
+        QuantizeConfig("Q4_0", tensors=(("token_embd", "Q5_0"),)),
+    ):
+        assert prepare(made, asked, None).choices["token_embd.weight"].format == "Q5_0"
+    assert prepare(made, QuantizeConfig("Q5_0"), None).choices["token_embd.weight"].format == "Q5_0"
+
+
+def test_quantize_follows_the_way_that_was_chosen(good: Checkpoint, good_stats: Stats, tmp_path: Path) -> None:
+    def method(chosen: str, **config: str) -> str:
+        choice = {"type": "Q4_0", "chosen": chosen, "method": chosen}
+        decided = Checkpoint(good.root, good.manifest | {"rotation_choice": choice})
+        return prepare(decided, QuantizeConfig(**({"type": "Q4_0"} | config)), good_stats).method.name
+
+    assert method("awq+gptq") == "awq+gptq"
+    assert method("gptq") == "gptq"
+    assert method("awq+gptq", type="Q5_0") == "gptq"
+    assert method("awq+gptq", method="imatrix") == "imatrix"
+    assert method("awq+imatrix") == "gptq"  # there was no text then
 
 
 def test_an_interrupted_run_does_not_choose_again(
