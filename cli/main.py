@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rondel.converters.errors import RondelError
+from rondel.converters.errors import RegressionError, RondelError
 
 # The six verbs in the order of the chain, then what stands beside them. The lines equal the docstrings' first ones.
 COMMANDS = {
@@ -36,7 +36,7 @@ HELP_WIDTH = 100  # characters: help is read in terminals and pasted into README
 # Operating system errors that a user can cause; all others are bugs.
 USER_CAUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
-FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
+FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 3, 130, 141
 PYDANTIC_PREFIX = "Value error, "  # what Typer's validation puts before a sentence about a wrong choice
 
 
@@ -129,7 +129,11 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 (an error, told in one line), 2 (wrong usage), 130, 141 (closed pipe)."""
+    """Run the command line.
+
+    Exit codes: 0, 1 (an error, told in one line), 2 (wrong usage), 3 (refused: it makes the model worse), 130, 141
+    (closed pipe).
+    """
     try:
         try:
             app(prog_name="rondel")
@@ -147,4 +151,4 @@ def main() -> None:
         from rondel.cli import console
 
         console.error(sentence)
-        sys.exit(FAILED)
+        sys.exit(REFUSED if isinstance(error, RegressionError) else FAILED)

@@ -226,6 +226,11 @@ class StageOutput:
         sync(self.partial)
         self._put_in_place()
 
+    def abandon(self) -> None:
+        """Leave nothing behind: for a refusal that comes before anything was written."""
+        _remove(self.partial)
+        unlock(self.partial)
+
     def _put_in_place(self) -> None:
         """Rename the complete folder to OUT. A kill between the renames leaves both, and the next run ends it."""
         with writing(self.out):

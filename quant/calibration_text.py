@@ -69,18 +69,22 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _chosen(count: int, wanted: int, seed: int) -> list[int]:
-    """The windows of a seed, in its order: those whose hashes are smallest."""
+def _chosen(count: int, wanted: int, seed: int | None) -> list[int]:
+    """The windows of a seed, in its order: those whose hashes are smallest. None: evenly spread, in the text's."""
+    if seed is None:
+        taken = min(count, wanted)
+        return [i * count // taken for i in range(taken)]
     return sorted(range(count), key=lambda i: hashlib.sha256(f"rondel windows 1|{seed}|{i}".encode()).digest())[:wanted]
 
 
 def tokenize(
-    source: Checkpoint, text: Sequence[Path], *, tokens: int, context: int, seed: int, chat: bool = False
+    source: Checkpoint, text: Sequence[Path], *, tokens: int, context: int, seed: int | None, chat: bool = False
 ) -> CalibrationText:
     """Windows of `context` tokens from text files, at most `tokens` in all, with a begin token where models want it.
 
-    Special tokens in the text are read as such; `chat` wraps every document (three line ends stand between two) in the
-    model's template. Raises RondelError for text that does not fill one window.
+    `seed` chooses and orders the windows; None keeps the order of the text. Special tokens in the text are read as
+    such; `chat` wraps every document (three line ends stand between two) in the model's template. Raises
+    RondelError for text that does not fill one window.
     """
     numbers = source.numbers
     if not 2 <= context <= numbers.context:

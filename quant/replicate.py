@@ -1,6 +1,6 @@
 """Replicate: layers that run more than once on shared weights, each copy with parameters of its own.
 
-A plan is explicit, one specification a layer (see replication_plan.py), or chosen by what it does to text.
+A plan is explicit, one specification a layer (see replication_plan.py), fitted to a teacher where there is one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication_codec import encode_replication
 from rondel.converters.replication_keys import base_sha256
+from rondel.quant.fitted_plan import fit_plan, sentence, windows_of
 from rondel.quant.replication_plan import (
     PARTS,
     Specification,
     build_replication,
-    named_layers,
     parse_specification,
     redundant,
     specifications,
@@ -40,37 +40,24 @@ __all__ = [
 ]
 
 NOTHING_CHOSEN = (
-    "no layer was replicated: the automatic choice needs --teacher and --text, and copies that nobody fitted do not "
-    "repair rounding errors; or name layers with --layer LAYER:MODE:COPIES"
+    "no layer was replicated: the automatic choice is not built yet; name layers with --layer LAYER:MODE:COPIES, and "
+    "have their copies fitted with --teacher and --text"
 )
-NOT_FITTED = "the copies are not fitted: give --teacher and --text for that"
+NOT_FITTED = "the copies are not fitted, and such copies do not repair rounding errors: give --teacher and --text"
 
 
 @dataclass(frozen=True)
 class ReplicateConfig:
-    """Which layers run more than once, and how; without a teacher and text only `layer` has a meaning."""
+    """Which layers run more than once, and how; what is below `strict` has a meaning with a teacher and text alone."""
 
-    layer: tuple[str, ...] = ()  # specifications, see replication_plan.py; none: the automatic choice
-    mode: Literal["auto", "serial", "parallel", "mixed", "none"] = "auto"  # none: the single copy is tuned alone
-    layers: str = "auto"  # which of them may be chosen: auto (all), "2,5,8-11"; with a mode they are taken
-    parts: Literal["auto", "block", "ffn", "attn"] = "auto"
-    passes: int = 2  # executions of a layer, the first one counted
-    merge: Literal["sum", "mean", "weighted_sum"] | None = None  # of parallel copies; None: sum, where they are fitted
+    layers: tuple[str, ...] = ()  # specifications, see replication_plan.py; none: the automatic choice
+    gate: float | None = None  # of unfitted copies whose specification has none; None: 1 in a mean, else 0.1
     kv: Literal["own", "shared"] | None = None  # keys and values of copies; None: own if serial, shared if parallel
-    gate: float | None = None  # of copies whose specification has none; None: 1 in a mean, else 0.1; fitted: 0
-    search: Literal["screen", "grid", "bayes", "evolve"] = "screen"
-    budget_evals: int = 40  # candidates that a search measures at most
-    max_layers: float = 0.25  # layers that may run more than once: a share below 1 (one always may), else a count
-    max_compute: float = 1.25  # executions of all steps, over those of the layers
-    max_kv: float = 1.25  # KV caches of all steps, over those of the layers
-    context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
-    tokens: int = 131072  # the most to fit, to choose and to decide with
-    steps: int = 150  # of every optimization
-    tune: bool = True  # scales and norms of the single copy first
-    prefer: Literal["none", "replicate", "low-rank"] = "none"
-    rank: int = 8  # of the correction that `prefer` low-rank writes
-    allow_regression: bool = False
     strict: bool = False  # refuse readers that would run the base path alone
+    context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
+    tokens: int = 131072  # the most to fit and to decide with
+    steps: int = 150  # of every optimization
+    allow_regression: bool = False
     seed: int = 0
     target: str | None = None
 
@@ -81,15 +68,14 @@ def _base_sha256(source: Checkpoint, layers: Iterable[int]) -> str:
     return base_sha256({name: source.info(name).sha256 for name in source.names()}, layers)
 
 
-def _check(source: Checkpoint, config: ReplicateConfig) -> None:
+def _check(source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | None, text: Sequence[Path]) -> None:
     check_runs(source, "replicated")
+    if text and teacher is None:
+        raise RondelError("--text: copies are fitted to a teacher; give the unquantized model with --teacher")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated already; replicate the folder that it was made from")
     if config.gate is not None and not abs(config.gate) <= float(np.finfo(np.float16).max):
         raise RondelError(f"--gate must be a float16 number, got {config.gate!r}")
-    named_layers(config.layers, source.numbers.layers)
-    if config.layer and config.layers != "auto":
-        raise RondelError("--layer and --layers: the first names copies, the second where to look for them; give one")
     target = config.target or source.manifest.get("target")
     if config.strict and target == "llama.cpp":
         raise RondelError("--strict: llama.cpp runs the base path alone; use --target rondel")
@@ -99,7 +85,7 @@ def plan(
     source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | None = None, text: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """What replicate would write: layers, steps, KV caches, parameter bytes, and notes for the user."""
-    _check(source, config)
+    _check(source, config, teacher, text)
     numbers = source.numbers
     built = build_replication(config, numbers)
     if built is None:
@@ -109,8 +95,10 @@ def plan(
     notes = [
         f"layer {one.layer}: these parallel copies are algebraically redundant, they fold into one gain of the layer"
         for one in chosen
-        if redundant(one)
+        if redundant(one) and not text
     ]
+    if teacher and not text:
+        notes.append(NOT_FITTED)
     return {
         "layers": [asdict(one) | {"parts": part_names[one.parts]} for one in chosen],
         "steps": len(built.steps),
@@ -134,18 +122,30 @@ def replicate(
 ) -> Checkpoint:
     """Record the steps of `config` in a checkpoint whose tensors are those of `source`, linked where the disk allows.
 
-    Without `text` nothing is fitted and the automatic choice answers "none": the result then has no replication, its
-    record says why, and the chain goes on.
+    With a teacher and text the copies are fitted and judged (fitted_plan.py). Where no layer is named, nothing is
+    replicated: the record says so, and the chain goes on. Raises RegressionError for copies that harm.
     """
     check_device(device)
-    _check(source, config)
+    _check(source, config, teacher, text)
     numbers = source.numbers
     layers = sorted(specifications(config, numbers.layers))
     built = build_replication(config, numbers, _base_sha256(source, layers) if layers else "")
-    keys = encode_replication(built, numbers) if built else {}
-    output = StageOutput(out, stage_record("replicate", config, source=source), force=force)
+    seen = windows_of(source, text, config) if built and teacher and text else None
+    inputs = {"teacher": teacher.fingerprint(), "text": seen.sha256()} if seen and teacher else {}
+    output = StageOutput(out, stage_record("replicate", config, source=source, **inputs), force=force)
     if output.finished:
         return open_checkpoint(out)
+    result = plan(source, config, teacher, text)
+    if built and seen and teacher:
+        progress(0, 1, "fitting the copies")
+        try:
+            fitted = fit_plan(source, teacher, seen, built, config, threads=threads, device=device)
+        except RondelError:
+            output.abandon()
+            raise
+        built, result = fitted.replication, result | fitted.told
+        result["notes"] = [*result["notes"], sentence(fitted.told["kl"])]
+    keys = encode_replication(built, numbers) if built else {}
     shards = source.shards()
     for done, (shard, names) in enumerate(shards.items()):
         progress(done, len(shards), shard)
@@ -157,6 +157,6 @@ def replicate(
         manifest["target"] = config.target
     if keys:
         manifest["replication"] = keys
-    manifest["stages"] = [*source.stages, {**output.stage, "result": plan(source, config, teacher, text)}]
+    manifest["stages"] = [*source.stages, {**output.stage, "result": result}]
     output.finish(list(shards), manifest, source.side_files())
     return open_checkpoint(out)

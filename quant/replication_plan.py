@@ -42,7 +42,7 @@ class Plan(Protocol):
     """What of a ReplicateConfig an explicit plan consists of."""
 
     @property
-    def layer(self) -> tuple[str, ...]:
+    def layers(self) -> tuple[str, ...]:
         """Specifications."""
         ...
 
@@ -127,7 +127,7 @@ def parse_specification(text: str, default_gate: float | None = None) -> Specifi
 def specifications(plan: Plan, layers: int) -> dict[int, list[Specification]]:
     """The specifications of a plan by layer, a parallel one first; `layers`: how many the model has."""
     found: dict[int, list[Specification]] = {}
-    for text in plan.layer:
+    for text in plan.layers:
         parsed = parse_specification(text, plan.gate)
         if parsed.layer >= layers:
             raise RondelError(f"--layer {text}: the model has the layers 0 to {layers - 1}")
@@ -139,22 +139,6 @@ def specifications(plan: Plan, layers: int) -> dict[int, list[Specification]]:
             raise RondelError(f"--layer: layer {layer} has more than {PASS_LIMIT} copies")
         parsed_layer.sort(key=lambda one: one.mode != "parallel")
     return found
-
-
-def named_layers(text: str, layers: int) -> list[int]:
-    """The layers that `--layers` names: "auto" (all), or numbers and ranges by commas, "2,5,8-11"."""
-    if text == "auto":
-        return list(range(layers))
-    named: set[int] = set()
-    for piece in text.split(","):
-        first, _, last = piece.strip().partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise RondelError(f"--layers {text}: expected auto, or layers and ranges by commas such as 2,5,8-11")
-        if int(last) >= layers:
-            raise RondelError(f"--layers {text}: the model has the layers 0 to {layers - 1}")
-        named |= set(range(int(first), int(last) + 1))
-    return sorted(named)
 
 
 def _parameters(one: Specification, numbers: Hyperparameters) -> ParameterSet:

@@ -108,7 +108,7 @@ def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 # A word of Python, and an option that is repeated: it is one, a key is all.
-RENAMED = {"type": "type_", "rotate": "rotate_", "tensors": "tensor"}
+RENAMED = {"type": "type_", "rotate": "rotate_", "tensors": "tensor", "layers": "layer"}
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "rotate", "quantize", "replicate", "export"])

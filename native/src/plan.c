@@ -203,12 +203,15 @@ static struct plan *replication_plan(const struct rondel_model *model) {
 static int wants_replication(struct rondel_model *model) {
     int64_t *version;
     uint64_t parts;
-    int strict = 0;
+    int strict = 0, regression = 0;
     int found = gguf_get_integers(model->file, "rondel.replication.version", 0, UINT32_MAX, &version, &parts);
     if (found <= 0) return found;
     int64_t major = parts > 0 ? version[0] : 0;
     free(version);
     if (gguf_get_bool(model->file, "rondel.replication.strict", &strict) < 0) return -1;
+    if (gguf_get_bool(model->file, "rondel.replication.eval.regression", &regression) < 0) return -1;
+    if (regression)
+        model_warn(model, "the copies in this file made the model worse when it was made: run it without replication");
     if (major == REPLICATION_MAJOR) return 1;
     if (strict)
         return set_error("%s: its replication has the version %lld, this runtime knows %d, and the file says that its base "

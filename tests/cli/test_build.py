@@ -33,7 +33,7 @@ context = 64
 type = "Q4_K_M"
 
 [replicate]
-layer = ["1:serial:1"]
+layers = ["1:serial:1"]
 
 [export]
 split = 60000
@@ -149,7 +149,7 @@ def test_a_recipe_may_give_a_budget_of_bytes(folder: Path, tmp_path: Path) -> No
     """The recipe's own text, which the file holds, is counted: it is long enough to matter."""
     most = 130_000
     text = RECIPE.replace('type = "Q4_K_M"', f'size = {most}\nmethod = "imatrix"').replace("split = 60000", "")
-    text = text.replace('[replicate]\nlayer = ["1:serial:1"]\n', "") + f'[run]\nprompt = "{"once " * 1000}"\n'
+    text = text.replace('[replicate]\nlayers = ["1:serial:1"]\n', "") + f'[run]\nprompt = "{"once " * 1000}"\n'
     (folder / "budget.toml").write_text(text, encoding="utf-8")
     arguments = ("build", folder / "budget.toml", "-o", tmp_path)
     planned = json.loads(rondel(*arguments, "--dry-run", "--json").stdout)["quantize"]
@@ -208,8 +208,8 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
         ("quantize.pure=maybe", "expected true or false, got 'maybe'"),
         ("calibrate.tokens=many", "expected a whole number, got 'many'"),
         ("calibrate.text=[]", "expected a list of file names"),
-        ("replicate.layer=[3]", "expected a string, got 3"),
-        ('replicate.layer=["9:serial:1"]', "9:serial:1"),
+        ("replicate.layers=[3]", "expected a string, got 3"),
+        ('replicate.layers=["9:serial:1"]', "9:serial:1"),
         ("rotate.rotate=perhaps", "expected one of auto, always, never"),
         ("rotate.type=Q4_X", "Q4_X"),
         ("rotate.hidden=wide", "expected one of none, full, got 'wide'"),
