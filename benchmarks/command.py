@@ -57,12 +57,21 @@ def _split(text: Path, work: Path) -> tuple[Path, Path]:
     return parts
 
 
+def markers(name: str) -> tuple[str, str]:
+    """The lines of README.md that stand around the tables of a benchmark."""
+    return f"<!-- {name}: written by benchmarks/{name}.py -->\n", f"<!-- end of {name} -->\n"
+
+
+def write_readme(name: str, text: str) -> None:
+    """Put tables between their markers in README.md."""
+    readme, (start, end) = ROOT / "README.md", markers(name)
+    before, rest = readme.read_text(encoding="utf-8").split(start)
+    readme.write_text(before + start + text + end + rest.split(end)[1], encoding="utf-8")
+
+
 def publish(options: argparse.Namespace, name: str, told: list[dict[str, Any]], table: Callable[..., str]) -> None:
     """Print the tables or their facts; put the tables between the markers of that name in README.md if asked to."""
     text = "\n".join(table(case) for case in told)
     if options.write_readme:
-        readme, end = ROOT / "README.md", f"<!-- end of {name} -->\n"
-        start = f"<!-- {name}: written by benchmarks/{name}.py -->\n"
-        before, rest = readme.read_text(encoding="utf-8").split(start)
-        readme.write_text(before + start + text + end + rest.split(end)[1], encoding="utf-8")
+        write_readme(name, text)
     print(json.dumps({"cases": told}, indent=1) if options.json else text)

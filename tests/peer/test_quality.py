@@ -16,7 +16,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks lie in the repository alone", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 from benchmarks import case as files  # noqa: E402
-from benchmarks import quality  # noqa: E402
+from benchmarks import command, quality  # noqa: E402
 
 DEMO = ROOT / "tests" / "models" / "stories-4m"
 CASE = {
@@ -47,17 +47,18 @@ def test_the_table_has_a_row_a_file() -> None:
 
 
 def test_the_readme_keeps_what_is_around_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "README.md").write_text(f"before\n{quality.START}old\n{quality.END}behind\n", encoding="utf-8")
-    monkeypatch.setattr(quality, "ROOT", tmp_path)
-    quality.write_readme("new\n")
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (
-        f"before\n{quality.START}new\n{quality.END}behind\n"
-    )
+    start, end = command.markers("quality")
+    (tmp_path / "README.md").write_text(f"before\n{start}old\n{end}behind\n", encoding="utf-8")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    command.write_readme("quality", "new\n")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"before\n{start}new\n{end}behind\n"
 
 
-def test_the_readme_has_the_markers() -> None:
+@pytest.mark.parametrize("name", ["quality", "rotation"])
+def test_the_readme_has_the_markers(name: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.index(quality.START) < text.index(quality.END)
+    start, end = command.markers(name)
+    assert text.index(start) < text.index(end)
 
 
 def test_what_was_made_is_made_again_only_for_another_key(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_command_asks_for_a_type_or_for_its_bytes() -> None:
 def test_a_text_is_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
     text = tmp_path / "story.txt"
     text.write_text("one line\n" * 100, encoding="utf-8")
-    seen, unseen = (part.read_text(encoding="utf-8") for part in quality._split(text, tmp_path))
+    seen, unseen = (part.read_text(encoding="utf-8") for part in command._split(text, tmp_path))
     assert seen + unseen == "one line\n" * 100
     assert len(unseen) == pytest.approx(225, abs=9)
 
@@ -104,7 +105,7 @@ def test_a_text_is_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_library() is None, reason="unmodified llama.cpp is not installed (make install-peer)")
 def test_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a texts folder beside the repository, and without llama_model_quantize."""
-    monkeypatch.setattr(quality, "SHARED", tmp_path / "nowhere")
+    monkeypatch.setattr(command, "SHARED", tmp_path / "nowhere")
     monkeypatch.setattr(files, "find_quantizer", lambda: None)
     arguments = ["--model", str(DEMO), "--types", "Q2_K", "--windows", "1", "--threads", "2", "--json"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--work", str(tmp_path / "work")])
