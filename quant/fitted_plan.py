@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.errors import RegressionError, RondelError
+from rondel.converters.errors import RegressionError
 from rondel.converters.replication import Replication
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.distill import fit_copies
-from rondel.quant.judgement import RememberedTeacher, Verdict, paired, split, token_losses
+from rondel.quant.judgement import RememberedTeacher, paired, split, token_losses
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
 
@@ -56,7 +56,7 @@ class FitConfig(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A plan with its fitted parameters and, in `evaluation`, what was measured; `told` is for people."""
+    """A plan with its fitted parameters and what was measured; `told` has the same for the stage's record."""
 
     replication: Replication
     told: dict[str, Any]
@@ -83,11 +83,6 @@ def fit_plan(
     Raises RegressionError where they surely harm and `config.allow_regression` is not set, RondelError for a teacher
     with another vocabulary or too little text.
     """
-    if teacher.numbers.vocabulary != source.numbers.vocabulary:
-        raise RondelError(
-            f"{teacher.root}: the teacher has {teacher.numbers.vocabulary} tokens, {source.root} has "
-            f"{source.numbers.vocabulary}; give the unquantized model that it was made from"
-        )
     pieces = split(text.windows, text.windows.shape[1])
     student, judge = Student(source, device=device), Student(teacher, device=device)
     with Workers(threads) as workers:
@@ -121,9 +116,8 @@ def fit_plan(
     return Fitted(replace(fitted, evaluation=evaluation), told)
 
 
-def sentence(divergence: Verdict | dict[str, Any]) -> str:
-    """What the copies changed, for people."""
-    told = divergence if isinstance(divergence, dict) else divergence.told()
+def sentence(told: dict[str, Any]) -> str:
+    """What the copies changed, for people: from `told["kl"]` of a Fitted."""
     helps = "help" if told["high"] < 0 else "harm" if told["low"] > 0 else "change nothing that this text could show"
     return (
         f"the fitted copies {helps}: mean KL from the teacher {told['mean']:+.5f} nats a token "

@@ -32,6 +32,16 @@ def rope_tables(source: Checkpoint, positions: torch.Tensor) -> tuple[torch.Tens
     return angles.cos(), angles.sin()
 
 
+def rope_turn(source: Checkpoint, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Heads (..., head_dim) with every pair of channels turned; the tables broadcast to (..., head_dim / 2)."""
+    half = source.numbers.head_dim // 2
+    interleaved = source.family.rope_layout == "interleaved"
+    pairs = heads.unflatten(-1, (half, 2)) if interleaved else heads.unflatten(-1, (2, half)).transpose(-1, -2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = torch.stack((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
+    return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
+
+
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean x^2 + epsilon) * gain over the last axis, in the precision of x."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gain
@@ -89,13 +99,8 @@ class ReferenceModel:
         if any(norm.role == f"{role}_norm" for norm in self.source.family.norms):
             heads = self._norm(layer, f"{role}_norm", heads)
         cosine, sine = (table[:, None].to(self.dtype) for table in rope)
-        half = self.numbers.head_dim // 2
-        interleaved = self.source.family.rope_layout == "interleaved"
-        pairs = heads.unflatten(-1, (half, 2)) if interleaved else heads.unflatten(-1, (2, half)).transpose(-1, -2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        turned = torch.stack((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
-        turned = turned if interleaved else turned.transpose(-1, -2)
-        return self._turned("queries", layer, turned.flatten(-2)).transpose(0, 1)
+        turned = rope_turn(self.source, heads, cosine, sine)
+        return self._turned("queries", layer, turned).transpose(0, 1)
 
     def _attention(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return self._attend(layer, x, self._keys_values(layer, x))

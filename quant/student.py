@@ -25,7 +25,7 @@ from rondel.converters.replication_kinds import ACTIVATION_KINDS
 from rondel.quant.activation_rounding import PLACES, round_activations
 from rondel.quant.decoded_view import DecodedView
 from rondel.quant.hadamard import rotate_channels, rotate_channels_back
-from rondel.quant.reference import rms_norm, rope_tables
+from rondel.quant.reference import rms_norm, rope_tables, rope_turn
 
 MEAN = MERGES.index("mean")
 
@@ -231,14 +231,8 @@ class Student:
         heads = self._split(self._linear(layer, role, x, weights, values))
         if block_tensor(layer, f"{role}_norm") in self.tensors:
             heads = self._normed(layer, f"{role}_norm", heads, weights)
-        cosine, sine = self._tables(x.shape[-2])
-        half = self.numbers.head_dim // 2
-        interleaved = self.source.family.rope_layout == "interleaved"
-        pairs = heads.unflatten(-1, (half, 2)) if interleaved else heads.unflatten(-1, (2, half)).transpose(-1, -2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        turned = torch.stack((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
-        turned = turned if interleaved else turned.transpose(-1, -2)
-        return self._turned("queries", layer, turned.flatten(-2))
+        turned = rope_turn(self.source, heads, *self._tables(x.shape[-2]))
+        return self._turned("queries", layer, turned)
 
     def _tables(self, n: int) -> KeysValues:
         if n not in self._rope:
