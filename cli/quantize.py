@@ -21,7 +21,7 @@ from rondel.cli.options import (
     UnusedSeedOption,
     parse_size,
 )
-from rondel.cli.report import check_report, write_report
+from rondel.cli.report import check_report, render, write_report
 from rondel.converters.errors import RondelError
 
 FolderOption = Annotated[
@@ -248,7 +248,7 @@ def _tell(manifest: dict[str, Any], report: Path | None, *, quiet: bool) -> None
     from rondel.quant.report import fallbacks, report_of
 
     if report:
-        write_report(report, report_of(manifest))
+        write_report(report, report_of(manifest), render)
     if not quiet:
         quantization = manifest["quantization"]
         for sentence in [*quantization["warnings"], *fallbacks(quantization["tensors"].values())]:

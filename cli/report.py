@@ -1,4 +1,4 @@
-"""The report of `rondel quantize --report`: one HTML page that needs nothing beside it, or the same facts as JSON."""
+"""Reports: one HTML page that needs nothing beside it, or the same facts as JSON; and that of `quantize --report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from rondel.converters.errors import RondelError
 from rondel.converters.manifest import PLAIN
 
 SUFFIXES = (".html", ".json")
-TEMPLATE = Path(__file__).with_name("report.html")
 LEVELS = 9  # colours of the heat map, h0 to h8 in the template
 FORMAT_COLOURS = 9  # f0 to f8, from few bits to many
 # How many layers leave room for a text in every cell: on a phone, on a screen.
@@ -31,8 +30,8 @@ def check_report(path: Path) -> None:
         raise RondelError(f"--report {path}: cannot be written there; give a file in a folder that exists")
 
 
-def write_report(path: Path, told: Mapping[str, Any]) -> None:
-    """Write the facts of `rondel.quant.report.report_of`: as a page, or as JSON, by the suffix."""
+def write_report(path: Path, told: Mapping[str, Any], render: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write the facts of a report: as the page that `render` makes of them, or as JSON, by the suffix."""
     text = render(told) if path.suffix == ".html" else json.dumps(told, indent=1) + "\n"
     partial = path.with_name(path.name + ".partial")
     try:
@@ -42,22 +41,33 @@ def write_report(path: Path, told: Mapping[str, Any]) -> None:
         raise RondelError(f"--report {path}: cannot be written: {error.strerror}") from error
 
 
-def render(told: Mapping[str, Any]) -> str:
-    """The page. Names come from files of others: everything is escaped."""
-    from jinja2 import Environment, StrictUndefined
+def page(name: str, **facts: Any) -> str:
+    """The page of a template beside this file. Names come from files of others: everything is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "percent": percent, "count": count}
+    return environment.get_template(name).render(**facts)
+
+
+def render(told: Mapping[str, Any]) -> str:
+    """The page of `rondel.quant.report.report_of`."""
     from rondel.quant.report import asked_for
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size, "percent": percent, "count": count}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     tensors, colours = told["tensors"], _format_colours(told["formats"])
     # The embedding is rounded so finely that the layers would all look alike beside it.
     inside = [tensor for tensor in tensors if tensor["layer"] is not None]
     errors = [tensor["output_error"] for tensor in inside if tensor.get("output_error")]
     low, high = min(errors, default=0.0), max(errors, default=0.0)
     cells = [tensor | _cell(tensor, colours, low, high) for tensor in tensors]
-    return template.render(
+    return page(
+        "report.html",
         told=told,
         wanted=asked_for(told["config"]),
         command=command(told["config"], calibrated=told["calibration_tokens"] is not None),

@@ -260,8 +260,8 @@ def _table(now: _Basis, turned: _Basis, share: float) -> tuple[list[dict[str, An
 
 
 def _line(errors: Mapping[str, float]) -> dict[str, float]:
-    return {"error": digits(errors[AS_IS])} | {
-        way: round(_decibels(errors[way], errors[AS_IS]), 2) for way in WAYS if way != AS_IS
+    return {"error": digits(errors[AS_IS])} | {  # + 0.0: no "-0"
+        way: round(_decibels(errors[way], errors[AS_IS]), 2) + 0.0 for way in WAYS if way != AS_IS
     }
 
 
