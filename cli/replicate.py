@@ -32,7 +32,7 @@ TextOption = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="UTF-8 text to fit the copies on; the last quarter judges them. Needs --teacher. May be repeated.",
+        help="UTF-8 text to fit on; its last quarter judges. Needs --teacher. May be repeated.",
     ),
 ]
 LayerOption = Annotated[
@@ -62,6 +62,14 @@ ContextOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="The most of the text to use.")]
 StepsOption = Annotated[int, typer.Option("--steps", metavar="N", min=0, help="Of every optimization.")]
+TuneOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune/--no-tune",
+        help="Fit the model's block scales and norms to the teacher first, in the same formats and bytes. "
+        "Default: with --teacher and --text.",
+    ),
+]
 AllowOption = Annotated[
     bool,
     typer.Option("--allow-regression", help="Write copies that make the model worse; the file says so. Else: exit 3."),
@@ -82,6 +90,7 @@ def replicate(
     context: ContextOption = None,
     tokens: TokensOption = 131072,
     steps: StepsOption = 150,
+    tune: TuneOption = None,
     allow_regression: AllowOption = False,
     strict: StrictOption = False,
     seed: SeedOption = 0,
@@ -96,13 +105,14 @@ def replicate(
     """Let layers of MODEL run more than once.
 
     The copies share the layer's weights and have small parameters of their own. llama.cpp ignores them and runs every
-    layer once; rondel runs them; `export --materialize` writes serial copies as layers. With --teacher and --text the
-    copies are fitted, and text that did not fit them tells whether they help; those that harm are refused with exit
-    code 3. Without, they are written as --layer says.
+    layer once; rondel runs them; `export --materialize` writes serial copies as layers. With --teacher and --text MODEL
+    itself is tuned first, then the copies are fitted, and text that fitted nothing tells whether they help; those that
+    harm are refused with exit code 3. Without, they are written as --layer says.
 
     Example:
 
     \b
+      rondel replicate quantized/ --teacher MODEL --text mine.txt -o tuned/
       rondel replicate quantized/ --teacher MODEL --text mine.txt --layer 2:serial:1 -o replicated/
       rondel replicate quantized/ --layer 1:parallel:2:mean -o replicated/
     """
@@ -116,6 +126,7 @@ def replicate(
         context=context,
         tokens=tokens,
         steps=steps,
+        tune=tune,
         allow_regression=allow_regression,
         strict=strict,
         seed=seed,

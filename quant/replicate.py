@@ -1,12 +1,13 @@
 """Replicate: layers that run more than once on shared weights, each copy with parameters of its own.
 
-A plan is explicit, one specification a layer (see replication_plan.py), fitted to a teacher where there is one.
+A plan is explicit, one specification a layer (see replication_plan.py). Where there is a teacher and text, the single
+copy is tuned first, and the copies are fitted and judged (replication_trial.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication_codec import encode_replication
 from rondel.converters.replication_keys import base_sha256
-from rondel.quant.fitted_plan import fit_plan, sentence, windows_of
+from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replication_plan import (
     PARTS,
     Specification,
@@ -27,6 +28,7 @@ from rondel.quant.replication_plan import (
     redundant,
     specifications,
 )
+from rondel.quant.replication_trial import decide, windows_of
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import check_device
 
@@ -57,21 +59,23 @@ class ReplicateConfig:
     context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
     tokens: int = 131072  # the most to fit and to decide with
     steps: int = 150  # of every optimization
+    tune: bool | None = None  # the single copy first; None: where there is a teacher and text
     allow_regression: bool = False
     seed: int = 0
     target: str | None = None
 
 
-def _base_sha256(source: Checkpoint, layers: Iterable[int]) -> str:
+def _base_sha256(model: Checkpoint, layers: Iterable[int]) -> str:
     """The hash of all tensors of the replicated layers: parameters fitted to them are bound to them."""
-    source.fingerprint()  # an HF folder knows its tensors' hashes from then on
-    return base_sha256({name: source.info(name).sha256 for name in source.names()}, layers)
+    return base_sha256({name: model.info(name).sha256 for name in model.names()}, layers)
 
 
 def _check(source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | None, text: Sequence[Path]) -> None:
     check_runs(source, "replicated")
     if text and teacher is None:
         raise RondelError("--text: copies are fitted to a teacher; give the unquantized model with --teacher")
+    if config.tune and not (teacher and text):
+        raise RondelError("--tune: the single copy is tuned towards a teacher; give --teacher and --text")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated already; replicate the folder that it was made from")
     if config.gate is not None and not abs(config.gate) <= float(np.finfo(np.float16).max):
@@ -122,41 +126,42 @@ def replicate(
 ) -> Checkpoint:
     """Record the steps of `config` in a checkpoint whose tensors are those of `source`, linked where the disk allows.
 
-    With a teacher and text the copies are fitted and judged (fitted_plan.py). Where no layer is named, nothing is
-    replicated: the record says so, and the chain goes on. Raises RegressionError for copies that harm.
+    With a teacher and text, tensors that the tuning changed are written anew, in the same formats and bytes. Where no
+    layer is named, nothing is replicated: the record says so, and the chain goes on. Raises RegressionError for copies
+    that harm.
     """
     check_device(device)
     _check(source, config, teacher, text)
-    numbers = source.numbers
-    layers = sorted(specifications(config, numbers.layers))
-    built = build_replication(config, numbers, _base_sha256(source, layers) if layers else "")
-    seen = windows_of(source, text, config) if built and teacher and text else None
+    built = build_replication(config, source.numbers)
+    seen = windows_of(source, text, config) if teacher and text else None
     inputs = {"teacher": teacher.fingerprint(), "text": seen.sha256()} if seen and teacher else {}
     output = StageOutput(out, stage_record("replicate", config, source=source, **inputs), force=force)
     if output.finished:
         return open_checkpoint(out)
-    result = plan(source, config, teacher, text)
-    if built and seen and teacher:
-        progress(0, 1, "fitting the copies")
+    result, model = plan(source, config, teacher, text), source
+    if seen and teacher:
         try:
-            fitted = fit_plan(source, teacher, seen, built, config, threads=threads, device=device)
+            outcome = decide(source, teacher, seen, built, config, threads=threads, device=device, progress=progress)
         except RondelError:
             output.abandon()
             raise
-        built, result = fitted.replication, result | fitted.told
-        result["notes"] = [*result["notes"], sentence(fitted.told["kl"])]
-    keys = encode_replication(built, numbers) if built else {}
+        model, built = outcome.model, outcome.replication
+        result |= outcome.told | {"notes": [*result["notes"], *outcome.told["notes"]]}
+    if built:
+        copied = sorted({step.layer for step in built.steps if step.number})
+        built = replace(built, base_sha256=_base_sha256(model, copied))
     shards = source.shards()
     for done, (shard, names) in enumerate(shards.items()):
         progress(done, len(shards), shard)
         if not output.done(shard):
-            output.take(shard, source, names)
+            changed = isinstance(model, ReplacedView) and model.changed(names)
+            output.take(shard, model if changed else source, names)
     progress(len(shards), len(shards), "done")
     manifest = source.carried()
     if config.target:
         manifest["target"] = config.target
-    if keys:
-        manifest["replication"] = keys
+    if built:
+        manifest["replication"] = encode_replication(built, source.numbers)
     manifest["stages"] = [*source.stages, {**output.stage, "result": result}]
     output.finish(list(shards), manifest, source.side_files())
     return open_checkpoint(out)

@@ -1,0 +1,65 @@
+"""`rondel replicate`: what it prints where, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+
+import pytest
+import torch
+
+from rondel.quant import replication_trial
+from tests.cli.program import Done, rondel
+from tests.tiny import tiny_model
+
+FAST = ("--context", "64", "--tokens", "18000", "--steps", "4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("replicate")
+    tiny_model("qwen3", found / "m")
+    drawn = random.Random(5)
+    letters = "".join(drawn.choice(string.ascii_letters + " ") for _ in range(20_000))
+    (found / "text.txt").write_text(letters, encoding="utf-8")
+    assert rondel("quantize", found / "m", "-o", found / "q", "--type", "Q4_0", "--pure", "--quiet").code == 0
+    return found
+
+
+def replicate(folder: Path, out: Path, *arguments: str) -> Done:
+    taught = ("--teacher", folder / "m", "--text", folder / "text.txt")
+    return rondel("replicate", folder / "q", "-o", out, *taught, *FAST, *arguments)
+
+
+def test_the_tuned_single_copy_is_told(folder: Path, tmp_path: Path) -> None:
+    done = replicate(folder, tmp_path / "out", "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout)["stages"][-1]["result"]
+    assert result["tuning"]["kept"] is True
+    assert result["losses"]["tuned"]["kl"] < result["losses"]["input"]["kl"]
+    assert "tuned the single copy" in done.stderr
+    quiet = replicate(folder, tmp_path / "again", "--no-tune", "--quiet")
+    assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_copies_that_harm_exit_with_three(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_gates(student, teacher, windows, found, parameters, config, **running):  # type: ignore[no-untyped-def]
+        return [{kind: torch.ones(1) for kind in one} for one in found.sets]
+
+    monkeypatch.setattr(replication_trial, "fit_copies", open_gates)
+    done = replicate(folder, tmp_path / "out", "--layer", "0:serial:1", "--no-tune")
+    assert done.code == 3
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "--allow-regression" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = replicate(folder, tmp_path / "out", "--layer", "0:serial:1", "--no-tune", "--allow-regression", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["stages"][-1]["result"]["evaluation"]["regression"] is True
+
+
+def test_tuning_without_a_teacher_is_refused(folder: Path, tmp_path: Path) -> None:
+    done = rondel("replicate", folder / "q", "-o", tmp_path / "out", "--tune")
+    assert done.code == 1
+    assert "--teacher" in done.stderr

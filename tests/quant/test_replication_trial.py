@@ -1,0 +1,178 @@
+"""Models with a teacher and text: the single copy tuned, copies fitted, all judged on text that fitted nothing."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.errors import RegressionError, RondelError
+from rondel.converters.export import ExportConfig, export
+from rondel.converters.gguf_reader import GgufFile
+from rondel.converters.replication_keys import base_sha256
+from rondel.native import Model
+from rondel.quant import replication_trial
+from rondel.quant.judgement import split, token_losses
+from rondel.quant.quantize import QuantizeConfig, quantize
+from rondel.quant.replicate import NOT_FITTED, ReplicateConfig, replicate
+from rondel.quant.single_copy import Tuned
+from rondel.quant.student import Student
+from tests.tiny import tiny_model
+
+CONTEXT = 64
+CLOSED = 0.8  # of the gap to a planted teacher, as an honest fit of the right layer must
+CONFIG = ReplicateConfig(("1:serial:1",), context=CONTEXT, steps=30, tokens=18_000)
+TUNED = replace(CONFIG, layers=())
+BETTER = 0.97  # of the divergence before: a fit that moved nothing stays at 1
+FLOAT32_SUMS = 1e-5  # relative: the same model, read from the disk
+EVAL = "rondel.replication.eval."
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(tiny_model("qwen3", tmp_path_factory.mktemp("tiny") / "m", layers=3))
+
+
+@pytest.fixture(scope="module")
+def teacher(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return replicate(source, tmp_path_factory.mktemp("teacher") / "t", ReplicateConfig(("1:serial:1:0.5",)))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    drawn = random.Random(5)
+    path = tmp_path_factory.mktemp("text") / "letters.txt"
+    path.write_text("".join(drawn.choice(string.ascii_letters + " ") for _ in range(20_000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return quantize(source, tmp_path_factory.mktemp("quantized") / "q", QuantizeConfig("Q4_0", pure=True))
+
+
+def losses_of(model: Checkpoint, teacher: Checkpoint, text: Path) -> dict[str, float]:
+    windows = replication_trial.windows_of(model, (text,), CONFIG).windows
+    return token_losses(Student(model), Student(teacher), split(windows, CONTEXT).confirm).told()
+
+
+def sizes(folder: Checkpoint) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.root.glob("*.safetensors")}
+
+
+def open_gates(student, teacher, windows, found, parameters, config, **running):
+    """In the place of fit_copies: copies that surely harm a model that needs none."""
+    return [{kind: torch.ones(1) for kind in one} for one in found.sets]
+
+
+def test_a_named_layer_is_fitted_and_judged(
+    source: Checkpoint, teacher: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    made = replicate(source, tmp_path / "out", CONFIG, teacher, (text,))
+    result, keys = made.stages[-1]["result"], made.manifest["replication"]
+    assert result["kl"]["high"] < 0
+    assert keys[EVAL + "kl_repl"] < (1 - CLOSED) * keys[EVAL + "kl_base"]
+    assert keys[EVAL + "regression"] is False
+    assert NOT_FITTED not in result["notes"]
+    assert any("help" in note for note in result["notes"])
+    written = export(made, tmp_path / "m.gguf", ExportConfig())
+    assert written
+    assert GgufFile(tmp_path / "m.gguf").keys[EVAL + "n_ctx"] == CONTEXT
+    assert not Model(tmp_path / "m.gguf").warnings
+    again = replicate(source, tmp_path / "again", CONFIG, teacher, (text,), threads=1)
+    assert again.manifest["replication"] == keys
+
+
+def test_copies_that_harm_are_refused_or_stamped(
+    source: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication_trial, "fit_copies", open_gates)
+    with pytest.raises(RegressionError, match=r"make the model worse.*--allow-regression"):
+        replicate(source, tmp_path / "out", CONFIG, source, (text,))
+    assert not any(tmp_path.iterdir())
+    allowed = replace(CONFIG, allow_regression=True)
+    made = replicate(source, tmp_path / "out", allowed, source, (text,))
+    assert made.manifest["replication"][EVAL + "regression"] is True
+    export(made, tmp_path / "m.gguf", ExportConfig())
+    assert any("worse" in warning for warning in Model(tmp_path / "m.gguf").warnings)
+
+
+def test_what_cannot_be_fitted_is_refused(source: Checkpoint, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RondelError, match="--teacher"):
+        replicate(source, tmp_path / "out", CONFIG, None, (text,))
+    other = open_checkpoint(tiny_model("qwen3", tmp_path / "m", layers=1, vocabulary=320))
+    with pytest.raises(RondelError, match="320 tokens"):
+        replicate(source, tmp_path / "out", CONFIG, other, (text,))
+    short = tmp_path / "short.txt"
+    short.write_text("too little " * 50, encoding="utf-8")
+    with pytest.raises(RondelError, match="give more --text"):
+        replicate(source, tmp_path / "out", CONFIG, source, (short,))
+
+
+def test_the_tuned_single_copy_is_what_is_written(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    made = replicate(quantized, tmp_path / "out", TUNED, source, (text,))
+    result = made.stages[-1]["result"]
+    assert result["tuning"]["kl"]["high"] < 0
+    assert result["losses"]["tuned"]["kl"] < BETTER * result["losses"]["input"]["kl"]
+    assert any("tuned the single copy" in note for note in result["notes"])
+    assert "replication" not in made.manifest
+    changed = [name for name in made.names() if made.info(name).sha256 != quantized.info(name).sha256]
+    assert "blk.1.ffn_down.weight" in changed
+    assert "blk.0.attn_norm.weight" in changed
+    for name in made.names():
+        assert (made.info(name).format, made.info(name).shape) == (
+            quantized.info(name).format,
+            quantized.info(name).shape,
+        )
+    told = losses_of(made, source, text)
+    assert told == pytest.approx(result["losses"]["tuned"], rel=FLOAT32_SUMS)
+    again = replicate(quantized, tmp_path / "again", TUNED, source, (text,), threads=1)
+    assert all(again.info(name).sha256 == made.info(name).sha256 for name in made.names())
+    assert sizes(made) == sizes(quantized)
+
+
+def test_without_tuning_every_tensor_is_shared(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    config = replace(TUNED, tune=False)
+    made = replicate(quantized, tmp_path / "out", config, source, (text,))
+    assert "tuning" not in made.stages[-1]["result"]
+    for name in made.names():
+        assert (made.root / made.info(name).shard).samefile(quantized.root / quantized.info(name).shard)
+
+
+def test_copies_stand_on_the_tuned_tensors(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    config = replace(TUNED, layers=("1:serial:1",))
+    made = replicate(quantized, tmp_path / "out", config, source, (text,))
+    keys, result = made.manifest["replication"], made.stages[-1]["result"]
+    assert keys[EVAL + "kl_base"] == result["losses"]["tuned"]["kl"] < result["losses"]["input"]["kl"]
+    hashes = {name: made.info(name).sha256 for name in made.names()}
+    assert keys["rondel.replication.base.sha256"] == base_sha256(hashes, [1])
+    (file,) = export(made, tmp_path / "m.gguf", ExportConfig())
+    assert not Model(file).warnings
+
+
+def test_tuning_that_harms_on_unseen_text_is_taken_back(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = torch.full_like(quantized.read("output_norm.weight"), 3)
+    harmful = Tuned({"output_norm.weight": norm}, {"output_norm.weight": norm}, {"kept": True})
+    monkeypatch.setattr(replication_trial.single_copy, "tune", lambda *_, **__: harmful)
+    made = replicate(quantized, tmp_path / "out", TUNED, source, (text,))
+    assert made.stages[-1]["result"]["tuning"]["kept"] is False
+    assert any("stays as it is" in note for note in made.stages[-1]["result"]["notes"])
+    assert made.info("output_norm.weight").sha256 == quantized.info("output_norm.weight").sha256
+
+
+def test_tuning_needs_a_teacher(source: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(RondelError, match="--tune"):
+        replicate(source, tmp_path / "out", ReplicateConfig(tune=True))
