@@ -52,7 +52,7 @@ def page(name: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "percent": percent, "count": count}
+    environment.filters |= {"size": size, "percent": percent, "count": count, "number": number}
     return environment.get_template(name).render(**facts)
 
 
@@ -111,9 +111,14 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 else f"{float(f'{value:.2g}'):g} %"
 
 
-def count(number: int) -> str:
+def number(value: float | None) -> str:
+    """A measured number, four digits of it; nothing where nothing was measured."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def count(total: int) -> str:
     """A large number for people: "3.67 M"."""
-    value = float(number)
+    value = float(total)
     for unit in ("", " k", " M"):
         if value < 1000:
             return f"{value:.3g}{unit}"

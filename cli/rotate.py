@@ -21,6 +21,9 @@ from rondel.cli.options import (
     TargetOption,
     ThreadsOption,
 )
+from rondel.cli.report import check_report, write_report
+from rondel.cli.rotation_page import render
+from rondel.converters.errors import RondelError
 
 if TYPE_CHECKING:
     from rondel.quant.rotate import RotateConfig
@@ -118,6 +121,15 @@ UndoOption = Annotated[
         "what to turn mean nothing then.",
     ),
 ]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write the ranges of channels before and after, massive activations and the decision: a page (.html), or "
+        "its facts (.json). All of it needs --stats.",
+    ),
+]
 
 
 def rotate(
@@ -139,6 +151,7 @@ def rotate(
     tries: TriesOption = 1,
     massive: MassiveOption = "weight",
     undo: UndoOption = False,
+    report: ReportOption = None,
     target: TargetOption = None,
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
@@ -158,7 +171,7 @@ def rotate(
 
     \b
       rondel rotate MODEL --stats calib/ --type Q2_K -o rotated/
-      rondel rotate MODEL --stats calib/ --type Q2_K --kind optrot --tries 4 -o rotated/
+      rondel rotate MODEL --stats calib/ --type Q2_K --kind optrot --tries 4 --report rotated.html -o rotated/
       rondel rotate MODEL --rotate always --hidden full --target rondel -o rotated/
       rondel rotate rotated/ --undo -o original/
     """
@@ -169,12 +182,18 @@ def rotate(
     if undo:
         if stats or rotate_ != "auto":
             raise typer.BadParameter("--undo takes neither --stats nor --rotate: statistics stay in the rotated basis")
+        if report:
+            raise typer.BadParameter("--undo takes no --report: there is nothing to tell of the way back")
         return _undo(model, output, writing, **shown)
     settings = {"rotate": rotate_, "type": type_, "residual": residual, "keep_tied": keep_tied, "heads": heads}
     settings |= {"latents": latents, "nope": nope, "rope_pairs": rope_pairs, "kind": kind, "seed": seed}
     settings |= {"queries": _block(queries), "hidden": _block(hidden), "tries": tries, "massive": massive}
     config = RotateConfig(**settings, target=target)  # type: ignore[arg-type]  # the stage names a wrong word
-    return _rotate(model, output, config, stats, writing, **shown)
+    if report:
+        if dry_run:
+            raise RondelError("--report tells of a model that was written; leave out --dry-run")
+        check_report(report)
+    return _rotate(model, output, config, stats, report, writing, **shown)
 
 
 def _block(text: str) -> int | str:
@@ -198,6 +217,7 @@ def _rotate(
     output: Path,
     config: RotateConfig,
     stats: Path | None,
+    report: Path | None,
     writing: dict[str, Any],
     *,
     dry_run: bool,
@@ -207,6 +227,7 @@ def _rotate(
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.converters.stats import stats_for
     from rondel.quant import rotate as stage
+    from rondel.quant.rotation_report import report_of
 
     source = open_checkpoint(model)
     seen = stats_for(source, stats)
@@ -215,6 +236,9 @@ def _rotate(
             planned = stage.plan(source, config, seen, threads=writing["threads"], progress=progress)
         else:
             made = stage.rotate(source, output, config, seen, progress=progress, **writing)
+            if report:
+                told = report_of(source, made, config, seen, threads=writing["threads"])
+                write_report(report, told, render)
     if dry_run:
         return console.plan(planned, as_json=as_json)
     told, line = decision.with_choice(*console.written("rotate", output, made.manifest), made.manifest)

@@ -36,6 +36,7 @@ class Stream:
 
     norms: torch.Tensor
     massive: list[Massive]
+    mean: float  # magnitude of all values
     limit: float  # the magnitude of the smallest of the largest 0.1 %
     largest: torch.Tensor  # how many of those each position has (tokens,)
 
@@ -153,6 +154,7 @@ class StreamSummary:
 
     norms: list[torch.Tensor] = field(default_factory=list)
     massive: list[tuple[float, int, int, int]] = field(default_factory=list)  # value, window, position, channel
+    means: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
     largest: list[torch.Tensor] = field(default_factory=list)
 
@@ -160,6 +162,7 @@ class StreamSummary:
         """Take in one window."""
         self.norms.append(seen.norms)
         self.massive += [(value, window, position, channel) for value, position, channel in seen.massive]
+        self.means.append(seen.mean)
         self.limits.append(seen.limit)
         self.largest.append(seen.largest)
 
@@ -180,6 +183,7 @@ class StreamSummary:
             },
             "massive_activations": [dict(zip(keys, found, strict=True)) for found in largest],
             "massive_count": len(self.massive),
+            "massive_from": MASSIVE * sum(self.means) / len(self.means),
             "magnitude_99_9": sum(self.limits) / len(self.limits),
             "positions_99_9": self._positions(),
         }
@@ -195,10 +199,11 @@ class StreamSummary:
 def stream_of(x: torch.Tensor) -> Stream:
     """What is measured of one window's stream (tokens, width)."""
     sizes = x.abs()
-    places = (sizes > MASSIVE * sizes.mean()).nonzero().tolist()
+    mean = sizes.mean()
+    places = (sizes > MASSIVE * mean).nonzero().tolist()
     massive = [(float(x[position, channel]), position, channel) for position, channel in places]
     limit = sizes.flatten().topk(max(1, int(LARGEST_SHARE * sizes.numel()))).values[-1]
-    return Stream(x.norm(dim=1).cpu(), massive, float(limit), (sizes >= limit).sum(1).cpu())
+    return Stream(x.norm(dim=1).cpu(), massive, float(mean), float(limit), (sizes >= limit).sum(1).cpu())
 
 
 class SiteReached(Exception):
