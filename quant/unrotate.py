@@ -42,9 +42,15 @@ class Unrotator(Rotator):
     """Turns one tensor after another back; `source` is the rotated model, `gains` are those of the folded norms."""
 
     def __init__(
-        self, source: Checkpoint, gains: dict[str, torch.Tensor], workers: Workers, *, device: str = "cpu"
+        self,
+        source: Checkpoint,
+        gains: dict[str, torch.Tensor],
+        workers: Workers,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(source, source.read_rotations(), workers, device=device)
+        super().__init__(source, source.read_rotations(), workers, device=device, dtype=dtype)
         self.gains = gains
 
     def norm(self, name: str) -> torch.Tensor:
