@@ -41,6 +41,14 @@ def warn(sentence: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "yellow"), printable(sentence)))
 
 
+def note(sentence: str) -> None:
+    """One line on standard error, "note: ..."."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("note: ", "cyan"), printable(sentence)))
+
+
 class _LogLines:
     """Plain progress lines: the first, the last, and one every few seconds."""
 

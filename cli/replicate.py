@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from rondel.cli import console
+from rondel.cli.candidates import with_candidates
 from rondel.cli.options import (
     DeviceOption,
     DryRunOption,
@@ -70,6 +71,17 @@ TuneOption = Annotated[
         "Default: with --teacher and --text.",
     ),
 ]
+Preference = Literal["none", "replicate", "low-rank"]
+PreferOption = Annotated[
+    Preference,
+    typer.Option(
+        "--prefer",
+        metavar="none|replicate|low-rank",
+        help="Where another use of the copies' bytes is better: chosen copies are left out, or written all the same. "
+        "low-rank writes a correction of as many bytes as the copies (without any: as a copy of every layer) instead, "
+        "as a LoRA file that llama.cpp adds.",
+    ),
+]
 AllowOption = Annotated[
     bool,
     typer.Option("--allow-regression", help="Write copies that make the model worse; the file says so. Else: exit 3."),
@@ -91,6 +103,7 @@ def replicate(
     tokens: TokensOption = 131072,
     steps: StepsOption = 150,
     tune: TuneOption = None,
+    prefer: PreferOption = "none",
     allow_regression: AllowOption = False,
     strict: StrictOption = False,
     seed: SeedOption = 0,
@@ -127,6 +140,7 @@ def replicate(
         tokens=tokens,
         steps=steps,
         tune=tune,
+        prefer=prefer,
         allow_regression=allow_regression,
         strict=strict,
         seed=seed,
@@ -140,7 +154,11 @@ def replicate(
         made = stage.replicate(
             source, output, config, judge, text or (), threads=threads, device=device, force=force, progress=progress
         )
+    result = made.stages[-1]["result"]
     if not quiet:
-        for note in made.stages[-1]["result"]["notes"]:
-            console.warn(note)
-    return console.result(*console.written("replicate", output, made.manifest), as_json=as_json, quiet=quiet)
+        for note in result["notes"]:
+            console.note(note)
+        for warning in result.get("warnings", []):
+            console.warn(warning)
+    told, line = with_candidates(*console.written("replicate", output, made.manifest), result, output)
+    return console.result(told, line, as_json=as_json, quiet=quiet)

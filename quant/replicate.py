@@ -15,6 +15,7 @@ import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint, check_runs, open_checkpoint
 from rondel.converters.errors import RondelError
+from rondel.converters.lora import write_lora
 from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication_codec import encode_replication
@@ -45,6 +46,7 @@ NOTHING_CHOSEN = (
     "no layer was replicated: the automatic choice is not built yet; name layers with --layer LAYER:MODE:COPIES, and "
     "have their copies fitted with --teacher and --text"
 )
+CORRECTION = "low-rank.gguf"  # beside the tensors
 NOT_FITTED = "the copies are not fitted, and such copies do not repair rounding errors: give --teacher and --text"
 
 
@@ -60,6 +62,7 @@ class ReplicateConfig:
     tokens: int = 131072  # the most to fit and to decide with
     steps: int = 150  # of every optimization
     tune: bool | None = None  # the single copy first; None: where there is a teacher and text
+    prefer: Literal["none", "replicate", "low-rank"] = "none"  # where another use of the copies' bytes is better
     allow_regression: bool = False
     seed: int = 0
     target: str | None = None
@@ -76,6 +79,8 @@ def _check(source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | No
         raise RondelError("--text: copies are fitted to a teacher; give the unquantized model with --teacher")
     if config.tune and not (teacher and text):
         raise RondelError("--tune: the single copy is tuned towards a teacher; give --teacher and --text")
+    if config.prefer == "low-rank" and not (teacher and text):
+        raise RondelError("--prefer low-rank: the correction is fitted to a teacher; give --teacher and --text")
     if source.manifest.get("replication"):
         raise RondelError(f"{source.root}: is replicated already; replicate the folder that it was made from")
     if config.gate is not None and not abs(config.gate) <= float(np.finfo(np.float16).max):
@@ -135,13 +140,19 @@ def replicate(
     built = build_replication(config, source.numbers)
     seen = windows_of(source, text, config) if teacher and text else None
     inputs = {"teacher": teacher.fingerprint(), "text": seen.sha256()} if seen and teacher else {}
-    output = StageOutput(out, stage_record("replicate", config, source=source, **inputs), force=force)
+    output = StageOutput(
+        out, stage_record("replicate", config, source=source, **inputs), force=force, beside=[CORRECTION]
+    )
     if output.finished:
         return open_checkpoint(out)
     result, model = plan(source, config, teacher, text), source
     if seen and teacher:
         try:
             outcome = decide(source, teacher, seen, built, config, threads=threads, device=device, progress=progress)
+            if outcome.correction:
+                name = f"low-rank correction of {source.manifest['source']['name']}"
+                write_lora(output.partial / CORRECTION, source.family.name, outcome.correction, name)
+                outcome.told["correction"]["file"] = CORRECTION
         except RondelError:
             output.abandon()
             raise

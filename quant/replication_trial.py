@@ -1,13 +1,14 @@
-"""Owns the way from a quantized model, its teacher and text to a result: tune, fit, judge.
+"""Owns the way from a quantized model, its teacher and text to a result: tune, fit, judge, compare.
 
 The text is cut in three: one piece fits, one chooses, and one that did neither tells what came of it, token by token
-against the same model without copies. All is measured against the tuned single copy.
+against the same model without copies. All is measured against the tuned single copy, and beside what other uses of the
+same bytes gain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RegressionError, RondelError
+from rondel.converters.lora import Factors as LoraFactors
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
 from rondel.quant import single_copy
@@ -22,6 +24,8 @@ from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.distill import fit_copies
 from rondel.quant.judgement import Losses, RememberedTeacher, Verdict, paired, split, token_losses
 from rondel.quant.replaced_view import ReplacedView
+from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
+from rondel.quant.rivals import Rival, Rivals
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
 
@@ -57,6 +61,11 @@ class TrialConfig(Protocol):
         ...
 
     @property
+    def prefer(self) -> str:
+        """None, replicate, low-rank: what is written where another use of the bytes is better."""
+        ...
+
+    @property
     def allow_regression(self) -> bool:
         """Whether a plan that harms is written."""
         ...
@@ -69,6 +78,7 @@ class Outcome:
     model: Checkpoint  # the single copy, tuned or as it was
     replication: Replication | None  # with fitted parameters and its evaluation
     told: dict[str, Any]
+    correction: Mapping[str, LoraFactors] = field(default_factory=dict)  # by tensor name, where it is preferred
 
 
 def windows_of(source: Checkpoint, text: Sequence[Path], config: TrialConfig) -> CalibrationText:
@@ -105,8 +115,9 @@ class Trial:
         self.teacher = Student(teacher, device=device)
         self.student = Student(source, device=device)
         self._remembered = RememberedTeacher(self.teacher)
-        self.told: dict[str, Any] = {"losses": {}, "notes": []}
+        self.told: dict[str, Any] = {"losses": {}, "bytes": model_bytes(source), "notes": [], "warnings": []}
         self.base = self._note_losses("input", self.losses())
+        self.copies: Losses | None = None
         self._note_losses("teacher", token_losses(self.teacher, self._remembered, self.splits.confirm))
 
     def losses(self, found: Replication | None = None, weights: Any = None) -> Losses:
@@ -162,7 +173,8 @@ class Trial:
 
         Raises RegressionError where they surely harm and `config.allow_regression` is not set.
         """
-        base, copies = self.base, self._note_losses("copies", self.losses(found))
+        base = self.base
+        copies = self.copies = self._note_losses("copies", self.losses(found))
         divergence = paired(copies.kl, base.kl, self.config.seed)
         worse = divergence.low > 0
         if worse and not self.config.allow_regression:
@@ -187,6 +199,63 @@ class Trial:
         self.told |= {"evaluation": evaluation, "kl": divergence.told(), "nll": likelihood.told()}
         self.told["notes"].append(f"the fitted copies: {_changed('they', divergence)}")
         return replace(found, evaluation=evaluation)
+
+    def compare(self, found: Replication) -> tuple[Replication, list[dict[str, Any]]]:
+        """The copies with their rivals in the evaluation, and those rivals that are surely better, as they are told."""
+        self.progress(0, 1, "comparing with other uses of the bytes")
+        assert self.copies is not None, "they are judged first"
+        rows, better = [], []
+        for rival in self._rivals().against(found):
+            row, verdict = self._measured(rival, self.copies)
+            rows.append(row)
+            if verdict.high < 0:
+                better.append(row)
+        evaluation = {f"rival_{row['name'].replace(',', '').replace(' ', '_')}": row["kl"] for row in rows}
+        found = replace(found, evaluation={**found.evaluation, **evaluation})
+        self.told |= {"evaluation": dict(found.evaluation), "rivals": rows}
+        self.told["costs"] = {
+            "bytes": stored_bytes(found),
+            "read": read_bytes(found, self.model),
+            "compute": extra_compute(found, self.model),
+        }
+        return found, better
+
+    def correct(self, found: Replication | None) -> Mapping[str, LoraFactors]:
+        """The low-rank correction in as many bytes as the copies take, or as a copy of every layer would.
+
+        Empty where it is not surely better than no correction.
+        """
+        self.progress(0, 1, "fitting the low-rank correction")
+        budget = stored_bytes(found) if found else copy_of_every_layer(self.model)
+        rival = self._rivals().low_rank(budget)
+        if rival is None:
+            self.told["notes"].append(f"no low-rank correction: {budget} bytes buy no rank of a matrix that helps")
+            return {}
+        row, verdict = self._measured(rival, self.base)
+        self.told["correction"] = row
+        self.told["notes"].append(f"the low-rank correction of {rival.bytes} bytes: {_changed('it', verdict)}")
+        if not verdict.high < 0:
+            return {}
+        return {
+            name: (left.cpu().numpy(), right.cpu().numpy()) for name, (left, right) in sorted(rival.factors.items())
+        }
+
+    def _rivals(self) -> Rivals:
+        return Rivals(self.student, self.teacher, self.splits.fit, self.config, self.workers)
+
+    def _measured(self, rival: Rival, other: Losses) -> tuple[dict[str, Any], Verdict]:
+        """A rival for the record, with its losses and how they differ from `other`."""
+        losses = self.losses(weights=rival.weights)
+        verdict = paired(losses.kl, other.kl, self.config.seed)
+        row = {
+            "name": rival.name,
+            "bytes": rival.bytes,
+            "read": rival.read,
+            **losses.told(),
+            "against": verdict.told(),
+            "changed": list(rival.changed),
+        }
+        return row, verdict
 
 
 def _changed(what: str, verdict: Verdict) -> str:
@@ -220,4 +289,17 @@ def decide(
         if config.tune is not False:
             trial.tune()
         found = trial.judge(trial.fit(plan)) if plan else None
-    return Outcome(trial.model, found, trial.told)
+        if found:
+            found, better = trial.compare(found)
+            trial.told["warnings"] += [_beaten(row, found) for row in better]
+        correction = trial.correct(found) if config.prefer == "low-rank" else {}
+    return Outcome(trial.model, None if correction else found, trial.told, correction)
+
+
+def _beaten(rival: Mapping[str, Any], found: Replication) -> str:
+    """A rival that is surely better than the copies, for people."""
+    return (
+        f"{rival['name']} is better than the copies: mean KL from the teacher {rival['kl']:.5f} with {rival['bytes']} "
+        f"bytes more, {found.evaluation['kl_repl']:.5f} with the copies' {stored_bytes(found)}, "
+        f"{found.evaluation['kl_base']:.5f} without either"
+    )

@@ -63,3 +63,20 @@ def test_tuning_without_a_teacher_is_refused(folder: Path, tmp_path: Path) -> No
     done = rondel("replicate", folder / "q", "-o", tmp_path / "out", "--tune")
     assert done.code == 1
     assert "--teacher" in done.stderr
+
+
+def test_what_was_compared_is_printed(folder: Path, tmp_path: Path) -> None:
+    done = replicate(folder, tmp_path / "out", "--layer", "0:serial:1", "--no-tune", "--allow-regression")
+    assert done.code == 0, done.stderr
+    names = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert names[:4] == ["candidate", "teacher", "as it was", "copies"]
+    assert "low rank" in names
+    assert "more bits, equal reads" in names
+
+
+def test_a_correction_instead_of_copies(folder: Path, tmp_path: Path) -> None:
+    done = replicate(folder, tmp_path / "out", "--prefer", "low-rank", "--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert Path(told["correction"]).is_file()
+    assert [row["name"] for row in told["compared"]] == ["teacher", "as it was", "tuned", "low rank"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import string
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from rondel.quant import replication_trial
 from rondel.quant.judgement import split, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import NOT_FITTED, ReplicateConfig, replicate
+from rondel.quant.replication_cost import copy_of_every_layer
 from rondel.quant.single_copy import Tuned
 from rondel.quant.student import Student
 from tests.tiny import tiny_model
@@ -30,6 +33,7 @@ CONFIG = ReplicateConfig(("1:serial:1",), context=CONTEXT, steps=30, tokens=18_0
 TUNED = replace(CONFIG, layers=())
 BETTER = 0.97  # of the divergence before: a fit that moved nothing stays at 1
 FLOAT32_SUMS = 1e-5  # relative: the same model, read from the disk
+HALF_FACTORS = 1e-3  # relative: the file's factors are float16, and those of B times the rank
 EVAL = "rondel.replication.eval."
 
 
@@ -63,6 +67,13 @@ def losses_of(model: Checkpoint, teacher: Checkpoint, text: Path) -> dict[str, f
 
 def sizes(folder: Checkpoint) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.root.glob("*.safetensors")}
+
+
+def halves(file: GgufFile, name: str) -> torch.Tensor:
+    entry = file.tensors[name]
+    return torch.from_numpy(
+        np.fromfile(file.path, "<f2", math.prod(entry.ne), offset=entry.offset).astype("float32")
+    ).view(entry.ne[::-1])
 
 
 def open_gates(student, teacher, windows, found, parameters, config, **running):
@@ -176,3 +187,55 @@ def test_tuning_that_harms_on_unseen_text_is_taken_back(
 def test_tuning_needs_a_teacher(source: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(RondelError, match="--tune"):
         replicate(source, tmp_path / "out", ReplicateConfig(tune=True))
+
+
+def test_rivals_of_copies_are_measured_beside_them(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    config = replace(TUNED, layers=("1:serial:1",), tune=False)
+    made = replicate(quantized, tmp_path / "out", config, source, (text,))
+    keys, result = made.manifest["replication"], made.stages[-1]["result"]
+    rivals = {one["name"]: one for one in result["rivals"]}
+    assert set(rivals) == {"low rank", "more bits", "more bits, equal reads"}  # Q4_0 has no finer groups
+    costs = result["costs"]
+    width = source.numbers.width
+    assert costs["bytes"] == 2 * (2 + 4 * width)
+    assert costs["read"] == costs["bytes"] + sum(
+        quantized.packed(name).data.numel()
+        for name in quantized.names()
+        if "blk.1" in name and quantized.info(name).packed
+    )
+    assert costs["compute"] == pytest.approx(1 / 3)
+    assert 0 < rivals["low rank"]["bytes"] <= costs["bytes"]
+    assert costs["bytes"] < rivals["more bits, equal reads"]["bytes"] <= costs["read"]
+    base = result["losses"]["input"]["kl"]
+    assert rivals["low rank"]["kl"] < base
+    assert rivals["more bits, equal reads"]["kl"] < BETTER * base
+    assert keys[EVAL + "rival_low_rank"] == rivals["low rank"]["kl"]
+    # A third of the error's causes are gone with the larger formats; a copy of a layer repairs nothing of them.
+    assert any("more bits, equal reads is better than the copies" in warning for warning in result["warnings"])
+
+
+def test_a_correction_is_written_beside_the_tensors(
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    config = replace(TUNED, prefer="low-rank", tune=False)
+    made = replicate(quantized, tmp_path / "out", config, source, (text,))
+    told = made.stages[-1]["result"]["correction"]
+    assert told["against"]["high"] < 0
+    assert told["bytes"] <= copy_of_every_layer(quantized)
+    assert "replication" not in made.manifest
+    file = GgufFile(made.root / told["file"])
+    assert file.keys["adapter.type"] == "lora"
+    weights = {}
+    for name in {entry.removesuffix(".lora_a").removesuffix(".lora_b") for entry in file.tensors}:
+        a, b = (halves(file, name + suffix) for suffix in (".lora_a", ".lora_b"))
+        weights[name] = Student(quantized).tensors[name] + b @ a / len(a)
+    windows = replication_trial.windows_of(quantized, (text,), CONFIG).windows
+    losses = token_losses(Student(quantized), Student(source), split(windows, CONTEXT).confirm, weights=weights)
+    assert losses.told()["kl"] == pytest.approx(told["kl"], rel=HALF_FACTORS)
+
+
+def test_a_preference_for_corrections_needs_a_teacher(source: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(RondelError, match="--prefer low-rank"):
+        replicate(source, tmp_path / "out", ReplicateConfig(prefer="low-rank"))
