@@ -1,22 +1,22 @@
 """Owns the fit of copies: gates and output gains by ridge, then block distillation, then KL on the teacher's logits.
 
-Pass 0 stays as it is. Where the teacher is as deep as the student, its residual streams are targets too; a teacher of
-another depth teaches by its logits alone.
+Pass 0 stays as it is. Where the teacher's residual stream compares with the student's (alignment.py), it is a target
+too; other teachers teach by their logits alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from rondel.converters.errors import RondelError
 from rondel.converters.replication import ATTENTION, FFN, Replication, Step
 from rondel.converters.replication_kinds import KINDS, kind_size
+from rondel.quant.alignment import Alignment, align
 from rondel.quant.descent import Leaf, batches, descend, divergence, open_workers
-from rondel.quant.student import MEAN, Student, Values
+from rondel.quant.student import MEAN, Student, Values, Weights
 from rondel.quant.workers import Workers
 
 STEPS = 150
@@ -58,7 +58,7 @@ def opening_sets(student: Student, found: Replication, parameters: Sequence[Valu
     A parallel copy that reads its layer's keys keeps its attention norm as well.
     """
     given = parameters if parameters is not None else found.sets
-    sets = [{kind: torch.as_tensor(np.array(v), dtype=torch.float32) for kind, v in one.items()} for one in given]
+    sets = [{kind: torch.as_tensor(v).float().clone() for kind, v in one.items()} for one in given]
     filled: dict[int, int] = {}
     for step in found.steps:
         index = _set_of(found, step)
@@ -78,41 +78,63 @@ def opening_sets(student: Student, found: Replication, parameters: Sequence[Valu
     return [{kind: values.to(student.device, student.dtype) for kind, values in one.items()} for one in sets]
 
 
-class _Fit:
-    """One fit under way, with what no step changes: what both models compute of the windows around the copies."""
+class Distillation:
+    """A fit under way, with what no step changes: what both models compute of the windows around the fitted layers.
+
+    `found` and `sets` are the student's path, `weights` what stands in the place of its tensors at the moment.
+    """
 
     def __init__(
-        self, student: Student, teacher: Student, windows: torch.Tensor, found: Replication, sets: Sets
+        self,
+        student: Student,
+        teacher: Student,
+        windows: torch.Tensor,
+        found: Replication,
+        layers: Iterable[int],
+        *,
+        sets: Sequence[Values] | None = None,
+        weights: Callable[[], Weights | None] = lambda: None,
     ) -> None:
-        self.student, self.teacher, self.windows, self.found, self.sets = student, teacher, windows, found, sets
-        copied = {step.layer for step in found.steps if _set_of(found, step)}
-        self.spans = {  # first and last group of each copied layer
+        self.student, self.teacher, self.windows = student, teacher, windows
+        self.found, self.sets, self.weights = found, sets, weights
+        self.spans = {  # first and last group of each fitted layer
             layer: (min(groups), max(groups))
-            for layer in sorted(copied)
+            for layer in sorted(layers)
             if (groups := [step.group for step in found.steps if step.layer == layer])
         }
         self.first = min(first for first, _ in self.spans.values())
         self.last = max(last for _, last in self.spans.values())
-        self.aligned = teacher.layers == student.layers and teacher.numbers.width == student.numbers.width
+        self.aligned: Alignment | None = align(student, teacher, windows)
         self._known: dict[int, Known] = {}
         self._spread: dict[int, torch.Tensor] = {}
 
     def known(self, window: int) -> Known:
-        """The student's stream before the copies, the teacher's behind each copied layer, and at its end."""
+        """The student's stream before the fitted layers, the teacher's behind each of them, and at its end."""
         if window not in self._known:
             with torch.no_grad():
                 tokens = self.windows[window][None]
                 before = self.student.embed(tokens)
                 if self.first > 0:
                     before = self.through(before, 0, self.first - 1)[-1]
-                after = list(self.teacher.groups(self.teacher.embed(tokens)))
-                targets = {layer: x for layers, x in after for layer in layers if self.aligned and layer in self.spans}
-                self._known[window] = before, targets, after[-1][1]
+                if self.aligned:
+                    streams, end = self.aligned.streams(tokens)
+                    targets = {layer: streams[layer + 1] for layer in self.spans}
+                else:
+                    targets, end = {}, self.teacher.run(self.teacher.embed(tokens))
+                self._known[window] = before, targets, end
         return self._known[window]
 
     def through(self, x: torch.Tensor, first: int, last: int | None) -> list[torch.Tensor]:
         """The stream after each group of the student from `first` to `last`."""
-        return [x for _, x in self.student.groups(x, self.found, self.sets, first=first, last=last)]
+        groups = self.student.groups(x, self.found, self.sets, self.weights(), first=first, last=last)
+        return [x for _, x in groups]
+
+    def descend(self, leaves: Sequence[Leaf], steps: int, batch: int, seed: int, workers: Workers) -> None:
+        """Adam on the streams behind the fitted layers for half the steps, where they compare, then on the logits."""
+        on_blocks = steps // 2 if self.aligned else 0
+        count = len(self.windows)
+        descend(leaves, self.block_loss, batches(count, on_blocks, batch, seed), workers)
+        descend(leaves, self.logit_loss, batches(count, steps - on_blocks, batch, seed + 1), workers)
 
     def block_loss(self, window: int) -> torch.Tensor:
         """How far the streams behind the copied layers are from the teacher's, in its spread of each channel."""
@@ -136,11 +158,11 @@ class _Fit:
         return self._spread[layer]
 
 
-def _ridge(fit: _Fit, layer: int, windows: range, workers: Workers) -> None:
+def _ridge(fit: Distillation, sets: Sets, layer: int, windows: range, workers: Workers) -> None:
     """Set the gates and output gains of a layer's copies by least squares on what is missing behind the layer."""
     first, last = fit.spans[layer]
     numbers = sorted({index for step in fit.found.steps if step.layer == layer and (index := _set_of(fit.found, step))})
-    gates = [(fit.sets[number - 1], part) for number in numbers for part in ("attn", "ffn")]
+    gates = [(sets[number - 1], part) for number in numbers for part in ("attn", "ffn")]
     gates = [(values, part) for values, part in gates if f"gate_{part}" in values]
 
     def moments(window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,9 +173,7 @@ def _ridge(fit: _Fit, layer: int, windows: range, workers: Workers) -> None:
             now = fit.through(x, first, last)[-1]
             branches = []
             for values, part in gates:
-                changed = [
-                    {**one, f"gate_{part}": one[f"gate_{part}"] + 1} if one is values else one for one in fit.sets
-                ]
+                changed = [{**one, f"gate_{part}": one[f"gate_{part}"] + 1} if one is values else one for one in sets]
                 groups = fit.student.groups(x, fit.found, changed, first=first, last=last)
                 branches.append([after for _, after in groups][-1] - now)
             u = (torch.stack(branches, -1)[0] / fit.spread(layer)[:, None]).double()
@@ -179,10 +199,10 @@ def _ridge(fit: _Fit, layer: int, windows: range, workers: Workers) -> None:
         values[f"gate_{part}"] = opened
 
 
-def _leaves(fit: _Fit) -> list[Leaf]:
+def _leaves(sets: Sets) -> list[Leaf]:
     return [
         Leaf(values, GATE_RATE if kind.startswith("gate") else GAIN_RATE)
-        for one in fit.sets
+        for one in sets
         for kind, values in one.items()
         if kind in FITTED
     ]
@@ -212,13 +232,12 @@ def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its st
     if not any(_set_of(replication, step) for step in replication.steps):
         return sets
     steps, seed, batch = (getattr(config, name, default) for name, default in DEFAULTS)
-    fit = _Fit(student, teacher, windows, replication, sets)
+    copied = {step.layer for step in replication.steps if _set_of(replication, step)}
+    fit = Distillation(student, teacher, windows, replication, copied, sets=sets)
     with open_workers(workers) as crew:
         fit.known(0)
-        on_blocks = steps // 2 if fit.aligned else 0
         if fit.aligned:
             for layer in fit.spans:
-                _ridge(fit, layer, range(min(len(windows), RIDGE_WINDOWS)), crew)
-            descend(_leaves(fit), fit.block_loss, batches(len(windows), on_blocks, batch, seed), crew)
-        descend(_leaves(fit), fit.logit_loss, batches(len(windows), steps - on_blocks, batch, seed + 1), crew)
+                _ridge(fit, sets, layer, range(min(len(windows), RIDGE_WINDOWS)), crew)
+        fit.descend(_leaves(sets), steps, batch, seed, crew)
     return [{kind: values.detach().half().float() for kind, values in one.items()} for one in sets]
