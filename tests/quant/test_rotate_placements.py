@@ -31,8 +31,9 @@ from tests.quant.test_rotate import (
 )
 
 
-def test_a_tied_head_keeps_its_basis(tmp_path):
-    source, config = model("qwen3-tied", tmp_path), RotateConfig(keep_tied=True, target="rondel")
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3-tied"])
+def test_a_tied_head_keeps_its_basis(name, tmp_path):
+    source, config = model(name, tmp_path), RotateConfig(keep_tied=True, target="rondel")
     expected = reference_logits(source, TOKENS)
     assert difference(reference_logits(RotatedView(source, config), TOKENS), expected) < EXACT
     rotated = rotate(source, tmp_path / "rotated", config)
@@ -72,16 +73,25 @@ def test_even_norms_allow_rotations_of_pairs(tmp_path):
     assert difference(reference_logits(Patched(view, tensors | wrong), TOKENS), expected) > BROKEN
 
 
-def test_queries_and_keys_turn_alike(tmp_path):
-    """Turning the queries but not the keys would show: the oracle's rotation behind RoPE is not the identity."""
-    source = model("qwen3", tmp_path)
+class OneSided(ReferenceModel):
+    """Turns the queries and not the keys."""
+
+    def _keys_values(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ReferenceModel(Patched(self.source, {}, rotations=[]))._keys_values(layer, x)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_queries_and_keys_turn_alike(name, tmp_path):
+    """The oracle's rotation behind RoPE is not the identity, and one side alone shows."""
+    source = model(name, tmp_path)
     rotated = rotate(source, tmp_path / "rotated", ROTATIONS["queries"])
     (record,) = rotated.rotations
-    assert (record.site, record.online, record.size, record.block) == ("queries", True, 24, 8)
+    assert (record.site, record.online, record.size, record.block) == ("queries", True, source.numbers.head_dim, 8)
     keys = ReferenceModel(rotated)._keys_values(0, ReferenceModel(rotated).embed(TOKENS))[0]
     before = ReferenceModel(source)._keys_values(0, ReferenceModel(source).embed(TOKENS))[0]
     assert torch.equal(keys, rotate_channels(before, record))
     assert difference(keys, before) > BROKEN
+    assert difference(OneSided(rotated).logits(TOKENS), reference_logits(source, TOKENS)) > BROKEN
 
 
 def test_gains_that_lack_one_are_whole_when_opened(tmp_path, monkeypatch):

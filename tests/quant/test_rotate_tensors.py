@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.output import StageOutput
+from rondel.converters.rotation import HADAMARD, Rotation
 from rondel.converters.stats import Stats, open_stats, site_tensor
-from rondel.quant.hadamard import rotate_channels
+from rondel.quant.hadamard import random_signs, rotate_channels
+from rondel.quant.orthogonal import random_orthogonal, with_matrix
 from rondel.quant.rotate import RotateConfig, rotate
+from rondel.quant.rotated_stats import move_second_moment
 from rondel.quant.rotated_view import RotatedView
+from rondel.quant.workers import Workers
 from tests.quant.test_rotate import EXACT, STORED_F32, difference
 from tests.quant.test_rotate import MODELS as DENSE_MODELS
 from tests.quant.test_rotate import model as dense_model
@@ -22,6 +27,11 @@ from tests.tiny_sparse import MODELS, tiny_sparse_model
 CONFIG = RotateConfig(rotate="always", hidden="full", seed=9, target="rondel")
 UNNORMED = ("llama", "qwen2", "deepseek2", "deepseek2-lite", "deepseek3")  # nothing between q or k and RoPE
 HIDDEN = {"hidden": "hidden", "hidden_experts": "expert_hidden", "hidden_shared": "shared_hidden"}  # their sizes
+MASSIVE = 1000.0  # one channel's size beside the others'
+FLAT, ORTHOGONAL_FLAT = (
+    3.0,
+    4.0,
+)  # for a direction as one-sided as that; 2 ln n is what the largest entry comes to on average
 SAMPLES = 400  # random vectors behind the second moments
 
 
@@ -136,8 +146,12 @@ def test_every_tensor_is_what_the_algebra_says(name, config, tmp_path):
     rotated = RotatedView(source, config)
     algebra = Algebra(source, rotated)
     assert set(rotated.names()) >= set(source.names())
+    written = rotate(source, tmp_path / "rotated", config, threads=1)
+    assert set(written.names()) == set(rotated.names())
     for tensor in rotated.names():
-        assert difference(rotated.read(tensor), algebra.expected(tensor)) < EXACT, tensor
+        found = rotated.read(tensor)
+        assert difference(found, algebra.expected(tensor)) < EXACT, tensor
+        assert torch.equal(written.read(tensor), found.to(torch.float32)), tensor
 
 
 def write_stats(source: Checkpoint, out: Path) -> Stats:
@@ -189,3 +203,24 @@ def test_traces_stay_when_statistics_move(name, tmp_path):
 def _exists(source: Checkpoint, site: str) -> bool:
     readers = (one for one in source.family.readers(site) if not one.expert)
     return any(one.is_in(layer, source.numbers) for one in readers for layer in range(source.numbers.layers))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hadamard_spreads_a_massive_direction(seed: int) -> None:
+    """The largest mean square over the mean one: of a Hadamard 3 at most, of a random orthogonal matrix 2 ln n."""
+    size = 512
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2048, size, generator=generator, dtype=torch.float64)
+    x[:, int(torch.randint(0, size, (), generator=generator))] *= MASSIVE
+    moment = x.T @ x / len(x)
+    hadamard = Rotation("residual", HADAMARD, False, size, size, random_signs(size, seed, "residual"))
+    dense = with_matrix(hadamard, random_orthogonal(1, size, seed, "residual"))
+    flatness = {}
+    with Workers(1) as workers:
+        for kind, rotation in {"hadamard": hadamard, "orthogonal": dense}.items():
+            moved = move_second_moment(moment, rotation, None, workers)
+            assert abs(moved.trace() / moment.trace() - 1) < EXACT
+            flatness[kind] = float(moved.diagonal().max() / moved.diagonal().mean())
+    assert float(moment.diagonal().max() / moment.diagonal().mean()) > size / 2
+    assert flatness["hadamard"] < FLAT
+    assert FLAT < flatness["orthogonal"] < ORTHOGONAL_FLAT * math.log(size)
