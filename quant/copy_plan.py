@@ -10,14 +10,13 @@ from typing import Literal, Protocol
 
 import torch
 
-from rondel.converters.family import block_tensor
-from rondel.converters.replication import ATTENTION, FFN, MERGES, NO_SLOT, Replication
+from rondel.converters.lora import HALF_BYTES
+from rondel.converters.replication import ATTENTION, MERGES, Replication
 from rondel.quant.distill import opening_sets
+from rondel.quant.replication_cost import extra_compute
 from rondel.quant.replication_plan import PARTS, Specification, assemble
 from rondel.quant.screening import SHARPER
 from rondel.quant.student import Student
-
-HALF_BYTES = 2  # a parameter of a copy is float16
 
 
 class PlanConfig(Protocol):
@@ -100,19 +99,8 @@ class CopyPlan:
 
     @cached_property
     def compute(self) -> float:
-        """Weights that copies multiply by, as a share of those of all layers; attention's own products not counted."""
-        student, owned, spent = self.student, set[int](), 0
-        for step in self.replication.steps:
-            own = step.slot == NO_SLOT or step.slot not in owned
-            owned.add(step.slot)
-            if step.number:
-                roles = ["attn_q", "attn_output"] if step.parts & ATTENTION else []
-                roles += ["attn_k", "attn_v"] if step.parts & ATTENTION and own else []
-                roles += ["ffn_gate", "ffn_up", "ffn_down"] if step.parts & FFN else []
-                spent += sum(student.tensors[block_tensor(step.layer, role)].numel() for role in roles)
-        linears = [linear.role for linear in student.source.family.linears]
-        every = [block_tensor(layer, role) for layer in range(student.layers) for role in linears]
-        return spent / sum(student.tensors[name].numel() for name in every if name in student.tensors)
+        """Weights that copies multiply by, as a share of those of all layers."""
+        return extra_compute(self.replication, self.student.source)
 
     @cached_property
     def bytes(self) -> int:

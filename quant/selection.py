@@ -21,9 +21,10 @@ from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.copy_plan import Copy, CopyPlan
 from rondel.quant.descent import open_workers
 from rondel.quant.judgement import Splits, Verdict
+from rondel.quant.plan_trials import PlanTrials, TriedPlan, log_entry
 from rondel.quant.screening import MODES, Screened, screen
+from rondel.quant.search import search
 from rondel.quant.student import Student
-from rondel.quant.trials import Trial, Trials
 from rondel.quant.workers import Workers
 
 FAILURES = 2  # of fits in a row of promise, after which nothing better is expected
@@ -40,38 +41,6 @@ class Choice:
     verdict: Verdict | None  # of the last candidate against the model without copies, on text that chose nothing
     control: Verdict | None = None  # and against the same branches with gains and no second execution
     base: dict[str, float] = field(default_factory=dict)  # "kl" and "nll" without copies on the text that chose
-
-
-def log_entry(
-    plan: CopyPlan, by: str, *, screened: Screened | None = None, trial: Trial | None = None, why: str | None = None
-) -> dict[str, Any]:
-    """One candidate as a plain dict; `why` it was not accepted, None: it was."""
-    entry: dict[str, Any] = {
-        "by": by,
-        "plan": [str(copy) for copy in plan.copies],
-        "layers": plan.layers,
-        "mode": _told(copy.mode for copy in plan.copies),
-        "parts": _told(copy.parts for copy in plan.copies),
-        "passes": plan.most_copies,
-        "compute": plan.compute,
-        "bytes": plan.bytes,
-        "kv_slots": plan.kv_slots,
-        "screening": screened.told() if screened else None,
-        "kl": None,
-        "nll": None,
-        "control_kl": None,
-        "control_nll": None,
-        "accepted": why is None,
-        "why": why,
-    }
-    if trial:
-        entry |= trial.losses | {f"control_{name}": value for name, value in trial.control.items()}
-    return entry
-
-
-def _told(values: Any) -> str:
-    found = sorted(set(values))
-    return found[0] if len(found) == 1 else "mixed"
 
 
 def choose(
@@ -95,8 +64,9 @@ def choose(
         log, promising = _screened(student, teacher, splits, config, crew)
         if config.search == "screen" and not promising:
             return Choice(None, [], log, None)
-        trials = Trials(student, teacher, splits, config, crew)
-        best = _forward(trials, promising, config, log, progress)
+        trials = PlanTrials(student, teacher, splits, config, crew)
+        look = _forward if config.search == "screen" else search
+        best = look(trials, promising, config, log, progress)
         if best is None:
             return Choice(None, [], log, None, base=trials.base)
         progress(0, 1, "confirming the choice")
@@ -105,7 +75,7 @@ def choose(
         if verdict.better() and control.better(0):
             return Choice(best.replication, best.sets, log, verdict, control, trials.base)
         why = "text that chose nothing does not confirm it"
-        log.append(log_entry(best.plan, "confirm", trial=best, why=why))
+        log.append(log_entry(best.plan, "confirm", tried=best, why=why))
         return Choice(None, [], log, verdict, control, trials.base)
 
 
@@ -141,11 +111,15 @@ def _screened(
 
 
 def _forward(
-    trials: Trials, promising: Sequence[Screened], config: ChoiceConfig, log: list[dict[str, Any]], progress: Progress
-) -> Trial | None:
+    trials: PlanTrials,
+    promising: Sequence[Screened],
+    config: ChoiceConfig,
+    log: list[dict[str, Any]],
+    progress: Progress,
+) -> TriedPlan | None:
     """Forward selection: add the copies in the order of their promise, each kept if it helps."""
     queue: list[tuple[Copy, Screened | None]] = [(Copy(one.layer, one.mode, one.parts), one) for one in promising]
-    best: Trial | None = None
+    best: TriedPlan | None = None
     failures = 0
     while queue and failures < FAILURES and trials.fits < config.budget_evals:
         copy, screened = queue.pop(0)
@@ -156,13 +130,13 @@ def _forward(
             log.append(log_entry(plan, "screen", screened=screened, why=why))
             continue
         progress(trials.fits, trials.fits + len(queue) + 1, f"fitting {copy}")
-        trial = trials.measure(copies)
-        why = trial.failure(best.kl if best else trials.base["kl"])
-        log.append(log_entry(plan, "screen", screened=screened, trial=trial, why=why))
+        tried = trials.measure(copies)
+        why = tried.failure(best.kl if best else trials.base["kl"])
+        log.append(log_entry(plan, "screen", screened=screened, tried=tried, why=why))
         if why:
             failures += 1
             continue
-        best, failures = trial, 0
+        best, failures = tried, 0
         others = [mode for mode in MODES if mode != copy.mode] if config.mode == "mixed" else [copy.mode]
         more = [Copy(copy.layer, mode, copy.parts) for mode in others if _room(plan, copy, config)]
         queue += [(one, None) for one in more if one in config.copies(trials.student.layers)]

@@ -19,6 +19,7 @@ LIVES_IN = {
     "torch": ("quant/", "converters/"),
     "transformers": ("converters/huggingface.py", "quant/decoder_layers.py"),
     "gguf": ("converters/",),
+    "optuna": ("quant/search.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "cffi": ("native/",),

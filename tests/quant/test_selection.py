@@ -15,11 +15,11 @@ from rondel.converters.replication import check
 from rondel.quant.calibration_text import tokenize
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.judgement import Splits, token_losses
+from rondel.quant.plan_trials import PlanTrials
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
 from rondel.quant.selection import Choice, choose
 from rondel.quant.student import Student, base_path
-from rondel.quant.trials import Trials
 from rondel.quant.workers import Workers
 from tests.planted import deeper_model
 from tests.tiny import tiny_model
@@ -196,7 +196,7 @@ def test_settings_come_from_a_stage_by_name() -> None:
 
 def test_plans_cost_what_their_steps_do(student: Student) -> None:
     with Workers(1) as workers:
-        trials = Trials(student, student, SPLITS, CONFIG, workers)
+        trials = PlanTrials(student, student, SPLITS, CONFIG, workers)
     every = {str(copy): trials.plan([copy]) for copy in CONFIG.copies(LAYERS)}
     whole, ffn = every["1:serial:1:block"], every["1:serial:1:ffn"]
     attention = every["1:serial:1:attn"]

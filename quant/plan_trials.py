@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from rondel.quant.copy_plan import Copy, CopyPlan
 from rondel.quant.distill import fit_copies
 from rondel.quant.gain_control import fit_gains
 from rondel.quant.judgement import DELTA, Losses, RememberedTeacher, Splits, Verdict, paired, token_losses
+from rondel.quant.screening import Screened
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
 
@@ -21,7 +23,7 @@ Branches = tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedPlan:
     """A plan that was fitted, and the mean losses on the piece that chooses."""
 
     plan: CopyPlan
@@ -49,7 +51,7 @@ class Trial:
         return None
 
 
-class Trials:
+class PlanTrials:
     """All trials of one choice. Plans and gain controls that come again are not fitted again."""
 
     def __init__(
@@ -59,7 +61,7 @@ class Trials:
         self.config, self.workers = config, workers
         self.fits = 0
         self._remembered = RememberedTeacher(teacher)
-        self._tried: dict[tuple[Copy, ...], Trial] = {}
+        self._tried: dict[tuple[Copy, ...], TriedPlan] = {}
         self._controls: dict[Branches, dict[str, torch.Tensor]] = {}
         self.base = self._losses(splits.select).told()
 
@@ -71,7 +73,7 @@ class Trials:
         """Whether this plan was fitted before."""
         return tuple(sorted(copies)) in self._tried
 
-    def measure(self, copies: Sequence[Copy]) -> Trial:
+    def measure(self, copies: Sequence[Copy]) -> TriedPlan:
         """Fit a plan, and measure it on the piece that chooses."""
         key = tuple(sorted(copies))
         if key not in self._tried:
@@ -87,11 +89,11 @@ class Trials:
             )
             losses = self._losses(self.splits.select, plan.replication, sets)
             control = self._losses(self.splits.select, weights=self._control(plan))
-            self._tried[key] = Trial(plan, sets, losses.told(), control.told())
+            self._tried[key] = TriedPlan(plan, sets, losses.told(), control.told())
             self.fits += 1
         return self._tried[key]
 
-    def confirm(self, trial: Trial) -> tuple[Verdict, Verdict]:
+    def confirm(self, trial: TriedPlan) -> tuple[Verdict, Verdict]:
         """The plan against the model without copies, and against its gain control, by KL on text that chose nothing."""
         copies = self._losses(self.splits.confirm, trial.plan.replication, trial.sets)
         base = self._losses(self.splits.confirm)
@@ -116,3 +118,35 @@ class Trials:
     ) -> Losses:
         path = replication or base_path(self.student.layers)
         return token_losses(self.student, self._remembered, windows, path, sets, weights=weights)
+
+
+def log_entry(
+    plan: CopyPlan, by: str, *, screened: Screened | None = None, tried: TriedPlan | None = None, why: str | None = None
+) -> dict[str, Any]:
+    """One candidate as a plain dict; `why` it was not accepted, None: it was."""
+    entry: dict[str, Any] = {
+        "by": by,
+        "plan": [str(copy) for copy in plan.copies],
+        "layers": plan.layers,
+        "mode": _told(copy.mode for copy in plan.copies),
+        "parts": _told(copy.parts for copy in plan.copies),
+        "passes": plan.most_copies,
+        "compute": plan.compute,
+        "bytes": plan.bytes,
+        "kv_slots": plan.kv_slots,
+        "screening": screened.told() if screened else None,
+        "kl": None,
+        "nll": None,
+        "control_kl": None,
+        "control_nll": None,
+        "accepted": why is None,
+        "why": why,
+    }
+    if tried:
+        entry |= tried.losses | {f"control_{name}": value for name, value in tried.control.items()}
+    return entry
+
+
+def _told(values: Iterable[str]) -> str:
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else "mixed"
