@@ -26,7 +26,7 @@ from rondel.quant.student import Student, Values, Weights
 
 DELTA = 0.002  # nats a token: a smaller difference is not worth a second execution, however sure it is
 BLOCK_TOKENS = 512  # neighbouring tokens err together; blocks of this size are taken as independent
-SMALLEST_BLOCKS = 8  # of a piece that judges: with fewer, the interval is a guess
+SMALLEST_BLOCKS = 4  # of a piece that judges: the widened interval misses 6 % there; with three, 7 %
 SHARES = (2, 1, 1)  # of the text: fit, select, confirm
 RESAMPLES = 4000  # the ends of the interval are then known to about 3 % of its width
 NORMAL_95, NORMAL_80 = 1.6449, 0.8416  # quantiles of the normal distribution: one-sided 95 %, and 80 % power
@@ -181,7 +181,7 @@ def paired(candidate: NDArray[np.float64], base: NDArray[np.float64], seed: int,
     drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     resampled = means[drawn].mean(axis=1)
     low, high = np.quantile(resampled, (0.05, 0.95))
-    wider = math.sqrt(count / (count - 1)) * (1 + (NORMAL_95**2 + 1) / (4 * (count - 1)))
+    wider = math.sqrt(count / (count - 1)) * _t_quantile(count - 1) / NORMAL_95
     error = float(means.std(ddof=1)) / math.sqrt(count)
     return Verdict(
         mean,
@@ -191,3 +191,11 @@ def paired(candidate: NDArray[np.float64], base: NDArray[np.float64], seed: int,
         len(difference),
         count,
     )
+
+
+def _t_quantile(freedom: int) -> float:
+    """Student's 95 % quantile, by the expansion around the normal one (2 % too small at 3 degrees of freedom)."""
+    z = NORMAL_95
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2

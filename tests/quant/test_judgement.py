@@ -46,9 +46,9 @@ def test_the_pieces_follow_each_other_and_share_nothing() -> None:
 
 
 def test_too_little_text_is_refused_with_the_count_that_would_do() -> None:
-    with pytest.raises(RondelError, match=r"has 6400 tokens in 100 windows of 64; .* needs 16384"):
+    with pytest.raises(RondelError, match=r"has 6400 tokens in 100 windows of 64; .* needs 8192"):
         split(torch.zeros(100, 64, dtype=torch.int64), 64)
-    smallest = split(torch.zeros(16384, dtype=torch.int64), 64)
+    smallest = split(torch.zeros(8192, dtype=torch.int64), 64)
     assert smallest.confirm.numel() == SMALLEST_BLOCKS * 512
 
 

@@ -18,6 +18,8 @@ from rondel.quant.judgement import Splits, token_losses
 from rondel.quant.plan_trials import PlanTrials
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
+from rondel.quant.rotate_config import RotateConfig
+from rondel.quant.rotated_view import RotatedView
 from rondel.quant.selection import Choice, choose
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
@@ -109,6 +111,21 @@ def test_a_layer_that_stands_twice_in_an_ordinary_checkpoint_is_found(
     found = choose(student, deeper, SPLITS, CONFIG)
     assert accepted(found) == [[f"{layer}:serial:1:block"]]
     assert closed(student, deeper, found, f"{layer}:serial:1:0.5", SPLITS.confirm) > CLOSED
+
+
+def test_a_rotated_student_learns_from_a_teacher_in_another_basis(source: Checkpoint, teacher: Student) -> None:
+    rotated = Student(RotatedView(source, RotateConfig()))
+    found = choose(rotated, teacher, SPLITS, CONFIG)
+    assert accepted(found) == [["1:serial:1:block"]]
+    assert closed(rotated, teacher, found, "1:serial:1:0.5", SPLITS.confirm) > CLOSED
+
+
+def test_a_teacher_that_does_not_compare_gives_none_and_says_why(student: Student, tmp_path: Path) -> None:
+    wider = Student(open_checkpoint(tiny_model("qwen3", tmp_path / "m", layers=LAYERS, width=96)))
+    found = choose(student, wider, SPLITS, CONFIG)
+    assert found.replication is None
+    assert len(found.log) == LAYERS * 6
+    assert all(entry["why"].startswith("the teacher's layers do not compare") for entry in found.log)
 
 
 def test_nothing_is_found_where_nothing_was_planted(tmp_path: Path) -> None:
