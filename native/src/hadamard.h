@@ -23,7 +23,7 @@ typedef struct rondel_hadamard rondel_hadamard;
 /* signs: (size + 7) / 8 bytes, one bit a channel, least significant first, 1 = minus; copied. NULL: set_error. */
 rondel_hadamard *hadamard_new(int64_t size, int64_t block, const uint8_t *signs, int transposed);
 void hadamard_free(rondel_hadamard *hadamard);
-/* In place on (n, size); `scratch` holds `block` floats (`size` is always enough), one per thread. */
+/* In place on (n, size); `scratch` holds `size` floats, one per thread. */
 void hadamard_rows(const rondel_hadamard *hadamard, float *x, int64_t n, float *scratch);
 
 #endif

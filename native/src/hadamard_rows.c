@@ -11,48 +11,47 @@
 
 enum { SIGN_PADDING = 3 }; /* bytes that the kernels may read past the last sign */
 
-/* Acts on (order, inner). */
-struct base {
-    int order;
-    int64_t inner;
-    float *coefficients; /* as the kernel `signed_sums` wants them */
-};
+enum { CACHED = 4096 };    /* floats that stay in a first-level cache with their copy while factor follows factor */
 
 struct rondel_hadamard {
     int64_t size, block, sylvester; /* channels, of a block, of its factor 2^k */
     int transposed, count;
-    struct base bases[HADAMARD_BASES]; /* (count), the outermost first */
+    struct signed_sums bases[HADAMARD_BASES]; /* (count), the outermost first */
     uint8_t *signs;
     float scale;
 };
 
+static void release(struct signed_sums *base) {
+    free((void *)base->terms);
+    free((void *)base->signs);
+}
+
 void hadamard_free(rondel_hadamard *hadamard) {
     if (!hadamard) return;
-    for (int i = 0; i < hadamard->count; i++) free(hadamard->bases[i].coefficients);
+    for (int i = 0; i < hadamard->count; i++) release(&hadamard->bases[i]);
     free(hadamard->signs);
     free(hadamard);
 }
 
-static void arrange(const struct base *base, const float *matrix /* (order, order) */, int transposed) {
-    int order = base->order, repeats = base->inner < HADAMARD_WIDE ? (int)base->inner : 1;
-    for (int i = 0; i < order; i++)
-        for (int j = 0; j < order; j++)
-            for (int t = 0; t < repeats; t++) {
-                int64_t wide = ((int64_t)(i / 4) * order + j) * 4 + i % 4;
-                int64_t narrow = ((int64_t)j * order + i) * repeats + t;
-                base->coefficients[base->inner < HADAMARD_WIDE ? narrow : wide] =
-                    transposed ? matrix[j * order + i] : matrix[i * order + j];
-            }
+static int choice_of(const float four[4]) {
+    return SUM_B * (four[0] != four[1]) + SUM_D * (four[2] != four[3]) + SUM_CD * (four[0] != four[2]);
 }
 
-static int base_init(struct base *base, int order, int64_t inner, int transposed) {
-    size_t bytes = (size_t)order * (size_t)order * sizeof(float);
-    float *matrix = malloc(bytes);
-    *base = (struct base){order, inner, malloc(bytes * (inner < HADAMARD_WIDE ? (size_t)inner : 1))};
-    int failed = !matrix || !base->coefficients ? -1 : 0;
-    if (!failed) {
-        hadamard_base(order, matrix);
-        arrange(base, matrix, transposed);
+static int base_init(struct signed_sums *base, int order, int64_t inner, int transposed) {
+    size_t entries = (size_t)order * (size_t)order;
+    float *matrix = malloc(entries * sizeof *matrix), *signs = malloc((size_t)order * sizeof *signs);
+    uint16_t *terms = malloc(entries / 4 * sizeof *terms);
+    *base = (struct signed_sums){order, transposed, inner, terms, signs};
+    int failed = !matrix || !signs || !terms ? -1 : 0;
+    if (!failed) hadamard_base(order, matrix);
+    for (int i = 0; !failed && i < order; i++) {
+        signs[i] = matrix[transposed ? i : i * order];
+        for (int j = 0; j < order; j += 4) {
+            float four[4];
+            for (int k = 0; k < 4; k++) four[k] = matrix[transposed ? (j + k) * order + i : i * order + j + k];
+            int choice = choice_of(four) + SUM_MINUS * (four[0] != signs[i]);
+            terms[(i * order + j) / 4] = (uint16_t)(16 * (16 * (j / 4 % SUM_GROUPS) + choice));
+        }
     }
     free(matrix);
     return failed;
@@ -84,18 +83,30 @@ rondel_hadamard *hadamard_new(int64_t size, int64_t block, const uint8_t *signs,
     return made;
 }
 
-/* The bases from `level` in, and Sylvester's factor, of the chunk at x, whose signs begin at bit `first`. A base reads one
- * of x and scratch and writes the other, so that the outermost writes x. */
-static void transform_chunk(const rondel_hadamard *hadamard, int level, float *x, float *scratch, int64_t first) {
-    const struct base *base = &hadamard->bases[level];
+/* The bases from `level` in, and Sylvester's factor, of `count` chunks at x, whose signs begin at bit `first`. A base reads
+ * one of x and scratch and writes the other, so that the outermost writes x. */
+static void transform_chunks(const rondel_hadamard *hadamard, int level, int64_t count, float *x, float *scratch,
+                             int64_t first) {
+    const struct signed_sums *base = &hadamard->bases[level];
     float *from = level % 2 == 0 ? scratch : x, *to = level % 2 == 0 ? x : scratch;
+    int64_t inner = base->inner, chunks = count * base->order;
     if (level + 1 == hadamard->count)
-        kernels_current()->sylvester(x, from, base->order * base->inner / hadamard->sylvester, hadamard->sylvester,
+        kernels_current()->sylvester(x, from, chunks * inner / hadamard->sylvester, hadamard->sylvester,
                                      hadamard->transposed ? NULL : hadamard->signs, first, 1.0f);
     else
-        for (int64_t i = 0; i < base->order * base->inner; i += base->inner)
-            transform_chunk(hadamard, level + 1, x + i, scratch + i, first + i);
-    kernels_current()->signed_sums(base->coefficients, base->order, base->inner, from, to, level == 0 ? hadamard->scale : 1.0f);
+        for (int64_t i = 0, many = inner < CACHED ? CACHED / inner : 1; i < chunks; i += many)
+            transform_chunks(hadamard, level + 1, many < chunks - i ? many : chunks - i, x + i * inner,
+                             scratch + i * inner, first + i * inner);
+    kernels_current()->signed_sums(base, count, from, to, level == 0 ? hadamard->scale : 1.0f);
+}
+
+static void transform(const rondel_hadamard *hadamard, float *x, float *scratch) {
+    const uint8_t *signs = hadamard->transposed ? NULL : hadamard->signs;
+    int64_t block = hadamard->block, blocks = hadamard->size / block, many = block < CACHED ? CACHED / block : 1;
+    if (hadamard->count == 0) kernels_current()->sylvester(x, x, blocks, block, signs, 0, hadamard->scale);
+    else
+        for (int64_t i = 0; i < blocks; i += many)
+            transform_chunks(hadamard, 0, many < blocks - i ? many : blocks - i, x + i * block, scratch, i * block);
 }
 
 static void apply_signs(const rondel_hadamard *hadamard, float *x) {
@@ -105,12 +116,7 @@ static void apply_signs(const rondel_hadamard *hadamard, float *x) {
 
 void hadamard_rows(const rondel_hadamard *hadamard, float *x, int64_t n, float *scratch) {
     for (float *row = x; row < x + n * hadamard->size; row += hadamard->size) {
-        if (hadamard->count == 0)
-            kernels_current()->sylvester(row, row, hadamard->size / hadamard->block, hadamard->block,
-                                         hadamard->transposed ? NULL : hadamard->signs, 0, hadamard->scale);
-        else
-            for (int64_t start = 0; start < hadamard->size; start += hadamard->block)
-                transform_chunk(hadamard, 0, row + start, scratch, start);
+        transform(hadamard, row, scratch);
         if (hadamard->transposed) apply_signs(hadamard, row);
     }
 }
@@ -122,7 +128,7 @@ EXPORT rondel_hadamard *rondel_hadamard_new(int64_t size, int64_t block, const u
 EXPORT void rondel_hadamard_free(rondel_hadamard *hadamard) { hadamard_free(hadamard); }
 
 EXPORT int32_t rondel_hadamard_rows(const rondel_hadamard *hadamard, float *x, int64_t n) {
-    float *scratch = malloc((size_t)hadamard->block * sizeof *scratch);
+    float *scratch = malloc((size_t)hadamard->size * sizeof *scratch);
     if (!scratch) return set_error("no memory for a Hadamard transform of %lld channels", (long long)hadamard->size);
     hadamard_rows(hadamard, x, n, scratch);
     free(scratch);

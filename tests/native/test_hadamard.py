@@ -22,9 +22,9 @@ def native(x: np.ndarray, block: int, signs: bytes, transposed: bool = False) ->
     return out
 
 
-# Every way through the kernels: Sylvester alone, bases alone, one to three bases on both sides of the widths of vectors
-# and blocks whose signs begin inside a byte.
-SIZES = [
+# Every way through the kernels: Sylvester alone, bases alone, one to three bases on both sides of the widths of
+# vectors, blocks whose signs begin inside a byte, many blocks side by side and what is left of them.
+WAYS = [
     (1, 1),
     (2, 2),
     (12, 12),
@@ -38,17 +38,24 @@ SIZES = [
     (144, 144),
     (172, 172),
     (240, 240),
+    (252, 12),
+    (340, 20),
     (352, 352),
+    (592, 592),
     (688, 344),
     (768, 256),
-    (4096, 4096),
     (6656, 6656),
-    (8960, 8960),
-    (10944, 10944),
-    (11008, 11008),
-    (13824, 13824),
-    (25600, 25600),
+    (9728, 76),
+    (9728, 512),
+    (11008, 344),
+    (25600, 1024),
 ]
+# Widths and hiddens of models that are in use.
+MODELS = [
+    *(768, 896, 1024, 1408, 1536, 2048, 2560, 2816, 3072, 3584, 4096, 4864, 5120, 5632, 6144, 7168, 8192, 8960, 9728),
+    *(10944, 11008, 12288, 13824, 14336, 16384, 17408, 18432, 18944, 20480, 25600, 27648, 28672, 29568),
+]
+SIZES = [*WAYS, *((size, size) for size in MODELS)]
 
 
 @pytest.mark.parametrize(("size", "block"), SIZES)

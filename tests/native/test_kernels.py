@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rondel.native import formats, instruction_set, instruction_sets, use_instruction_set
+from rondel.quant.hadamard import base_matrix
 from tests.packed import EVERY, FLOATS, GGML, block_of, ggml_number, random_packed
 from tests.peer.ggml import ggml_product, has_avx2_order
 from tests.peer.llama import find_library
@@ -25,7 +26,6 @@ SUMMATION = 4e-6
 OTHER_ORDER = {"BF16", "Q1_0", "Q2_0", "Q4_K", "IQ4_NL", "MXFP4", "TQ1_0", "IQ1_S", "IQ1_M"}
 # Float64 may hold any of these sums; float32 only integers below this.
 EXACT_LIMIT = 2**24
-HADAMARD_WIDE = 8  # of kernels.h
 LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 1024]
 
 
@@ -156,7 +156,7 @@ PACK = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int64, POINTER)
 DOT = ctypes.CFUNCTYPE(ctypes.c_float, POINTER, POINTER, ctypes.c_int64)
 AXPY = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_float, POINTER, ctypes.c_int64)
 SYLVESTER = ctypes.CFUNCTYPE(None, POINTER, POINTER, *[ctypes.c_int64] * 2, POINTER, ctypes.c_int64, ctypes.c_float)
-SIGNED_SUMS = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int, ctypes.c_int64, POINTER, POINTER, ctypes.c_float)
+SIGNED_SUMS = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_int64, POINTER, POINTER, ctypes.c_float)
 SWIGLU = ctypes.CFUNCTYPE(None, POINTER, POINTER, ctypes.c_int64)
 TURN = ctypes.CFUNCTYPE(None, *[POINTER] * 4, *[ctypes.c_int64] * 2)
 
@@ -296,25 +296,59 @@ def test_sylvester_transforms(tables, isa, length, signs):
     assert np.abs(got["scalar"] - np.float32(0.3) * exact.reshape(-1)).max() <= limit
 
 
+class SignedSums(ctypes.Structure):
+    """`struct signed_sums` of kernels.h."""
+
+    _fields_ = [
+        ("order", ctypes.c_int),
+        ("transposed", ctypes.c_int),
+        ("inner", ctypes.c_int64),
+        ("terms", POINTER),
+        ("signs", POINTER),
+    ]
+
+
+SUM_GROUPS, SUM_B, SUM_D, SUM_CD, SUM_MINUS = 8, 4, 2, 1, 8  # of kernels.h
+
+
+def terms_of(matrix):
+    """The table of a matrix, and the signs of its rows."""
+    signs = matrix[:, 0]
+    a, b, c, d = np.moveaxis(matrix.reshape(len(matrix), -1, 4), 2, 0)
+    choice = SUM_B * (a != b) + SUM_D * (c != d) + SUM_CD * (a != c) + SUM_MINUS * (a != signs[:, None])
+    group = np.arange(len(matrix) // 4) % SUM_GROUPS
+    return np.ascontiguousarray(16 * (16 * group + choice), np.uint16), np.ascontiguousarray(signs)
+
+
+# Side by side where `inner` is narrow: none of eight or sixteen, some, and a last that overlaps the one before.
+COUNTS = [1, 3, 8, 9, 17, 40]
+
+
 @pytest.mark.parametrize("inner", [1, 2, 4, 8, 12, 16, 20, 32, 60, 64, 912])
-@pytest.mark.parametrize("order", [12, 20, 76, 172])
-def test_signed_sums(tables, isa, order, inner):
+@pytest.mark.parametrize(
+    ("order", "transposed"), [(12, 0), (12, 1), (20, 0), (20, 1), (28, 0), (28, 1), (36, 0), (76, 0), (172, 1)]
+)
+def test_signed_sums(tables, isa, order, transposed, inner):
     rng = np.random.default_rng(order * inner)
-    matrix = rng.choice(np.array([-1, 1], np.float32), (order, order))
-    x = rng.standard_normal((order, inner)).astype(np.float32)
-    if inner < HADAMARD_WIDE:
-        coefficients = np.ascontiguousarray(np.repeat(matrix.T, inner, axis=1))
-    else:
-        coefficients = np.ascontiguousarray(matrix.reshape(order // 4, 4, order).transpose(0, 2, 1))
-    got = {}
-    for name in ("scalar", isa):
-        out = np.full(order * inner + 1, 7, np.float32)
-        tables(name).signed_sums(coefficients.ctypes.data, order, inner, x.ctypes.data, out.ctypes.data, 0.3)
-        assert out[-1] == 7
-        got[name] = out[:-1].reshape(order, inner)
-    assert_same_bits(got[isa], got["scalar"])
-    exact = np.float32(0.3) * (matrix.astype(np.float64) @ x)
-    assert (np.abs(got["scalar"] - exact) <= SUMMATION * np.abs(x).sum(0)).all()
+    matrix = base_matrix(order).numpy().astype(np.float32)  # the kernels know the small ones by heart
+    if order > 28:
+        matrix = rng.choice(np.array([-1, 1], np.float32), (order, order))
+    if transposed:
+        matrix = np.ascontiguousarray(matrix.T)
+    terms, signs = terms_of(matrix)
+    base = SignedSums(order, transposed, inner, terms.ctypes.data, signs.ctypes.data)
+    for count in COUNTS if inner < 16 else COUNTS[:2]:
+        x = rng.standard_normal((count, order, inner)).astype(np.float32)
+        x[0, :, 0] = 1  # sums to zeros, whose sign belongs to the bits
+        got = {}
+        for name in ("scalar", isa):
+            out = np.full(x.size + 1, 7, np.float32)
+            tables(name).signed_sums(ctypes.addressof(base), count, x.ctypes.data, out.ctypes.data, 0.3)
+            assert out[-1] == 7
+            got[name] = out[:-1].reshape(x.shape)
+        assert_same_bits(got[isa], got["scalar"])
+        exact = np.float32(0.3) * (matrix.astype(np.float64) @ x)
+        assert (np.abs(got["scalar"] - exact) <= SUMMATION * np.abs(x).sum(1, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("n", LENGTHS)

@@ -6,7 +6,6 @@
 
 #define LANES 8
 #define GROUP 8
-#define TILE 2
 typedef __m256 lanes;
 
 static inline lanes load(const float *x) { return _mm256_loadu_ps(x); }
@@ -31,48 +30,75 @@ static inline lanes across(lanes v, int distance) {
 }
 
 #include "hadamard_lanes.h"
+#include "hadamard_sums.h"
 
 void avx2_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *bits, int64_t first,
                     float scale) {
     sylvester(x, y, count, length, bits, first, scale);
 }
 
-/* x[0 .. inner) again and again. */
-static inline lanes repeat(const float *x, int64_t inner) {
-    if (inner == 4) return _mm256_broadcast_ps((const __m128 *)x);
-    if (inner == 1) return _mm256_broadcast_ss(x);
-    double two;
-    memcpy(&two, x, sizeof two);
-    return _mm256_castpd_ps(_mm256_set1_pd(two));
-}
-
-/* `vectors` vectors of outputs. coefficients: (order, total), those of the first output first. */
-INLINE void narrow_tile(const float *coefficients, int order, int64_t inner, const float *x, float *y, int vectors,
-                        float scale) {
-    lanes sums[8];
-    for (int v = 0; v < vectors; v++) sums[v] = spread(0);
-    for (int j = 0; j < order; j++, coefficients += order * inner) {
-        lanes repeated = repeat(x + j * inner, inner);
-        for (int v = 0; v < vectors; v++) sums[v] = fused(load(coefficients + v * LANES), repeated, sums[v]);
+/* (8, 8) at x, rows `from` apart, to its transpose at y, rows `to` apart. */
+INLINE void transpose(const float *x, int64_t from, float *y, int64_t to) {
+    __m256 a[8], b[8];
+    for (int k = 0; k < 4; k++) { /* rows k and k + 4 side by side, columns 0..3 and 4..7 */
+        a[k] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + k * from)), _mm_loadu_ps(x + (k + 4) * from), 1);
+        a[k + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + k * from + 4)),
+                                        _mm_loadu_ps(x + (k + 4) * from + 4), 1);
     }
-    for (int v = 0; v < vectors; v++) store(y + v * LANES, sums[v] * spread(scale));
-}
-
-/* The last tile overlaps the one before where tiles do not divide the outputs; `inner` divides where it begins. */
-INLINE void narrow_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    int64_t total = order * inner, vectors = total >= 8 * LANES ? 8 : total >= 4 * LANES ? 4 : 1;
-    for (int64_t next = 0; next < total; next += vectors * LANES) {
-        int64_t out = next + vectors * LANES <= total ? next : total - vectors * LANES;
-        if (vectors == 8) narrow_tile(coefficients + out, order, inner, x, y + out, 8, scale);
-        else if (vectors == 4) narrow_tile(coefficients + out, order, inner, x, y + out, 4, scale);
-        else narrow_tile(coefficients + out, order, inner, x, y + out, 1, scale);
+    for (int k = 0; k < 8; k += 4) {
+        b[k] = _mm256_unpacklo_ps(a[k], a[k + 1]);
+        b[k + 1] = _mm256_unpackhi_ps(a[k], a[k + 1]);
+        b[k + 2] = _mm256_unpacklo_ps(a[k + 2], a[k + 3]);
+        b[k + 3] = _mm256_unpackhi_ps(a[k + 2], a[k + 3]);
+    }
+    for (int k = 0; k < 8; k += 4) {
+        store(y + k * to, _mm256_shuffle_ps(b[k], b[k + 2], 0x44));
+        store(y + (k + 1) * to, _mm256_shuffle_ps(b[k], b[k + 2], 0xee));
+        store(y + (k + 2) * to, _mm256_shuffle_ps(b[k + 1], b[k + 3], 0x44));
+        store(y + (k + 3) * to, _mm256_shuffle_ps(b[k + 1], b[k + 3], 0xee));
     }
 }
 
-void avx2_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    if (inner == 1) narrow_sums(coefficients, order, 1, x, y, scale);
-    else if (inner == 2) narrow_sums(coefficients, order, 2, x, y, scale);
-    else if (inner == 4) narrow_sums(coefficients, order, 4, x, y, scale);
-    else wide_sums(coefficients, order, inner, x, y, scale);
+/* (rows, cols), each at least 8, to its transpose; the last rows and columns twice where 8 does not divide them. */
+static void turn_over(const float *x, int64_t rows, int64_t cols, float *y) {
+    for (int64_t row = 0; row < rows; row += 8)
+        for (int64_t col = 0; col < cols; col += 8) {
+            int64_t i = row + 8 <= rows ? row : rows - 8, j = col + 8 <= cols ? col : cols - 8;
+            transpose(x + i * cols + j, cols, y + j * rows + i, rows);
+        }
+}
+
+/* Fewer than 8: with zeros beside them. */
+static void turn_over_few(const float *x, int64_t rows, int64_t cols, float *y) {
+    for (int64_t j = 0; j < cols; j++)
+        for (int64_t i = 0; i < 8; i++) y[j * 8 + i] = i < rows ? x[i * cols + j] : 0;
+}
+
+enum { BESIDE = 8192 }; /* floats side by side: eight of the largest matrices, of order 256 and inner 4 */
+
+/* inner < 8: 8 or 16 of the count side by side make it wide enough. */
+void avx2_narrow_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale,
+                      hadamard_sums *wide) {
+    float from[BESIDE] __attribute__((aligned(64))), to[BESIDE] __attribute__((aligned(64)));
+    int64_t chunk = base->order * base->inner, beside = chunk * 16 <= BESIDE && count >= 16 ? 16 : 8;
+    struct signed_sums many = *base;
+    many.inner *= beside;
+    if (count < 8) {
+        turn_over_few(x, count, chunk, from);
+        wide(&many, 1, from, to, scale);
+        for (int64_t i = 0; i < count * chunk; i++) y[i] = to[i % chunk * 8 + i / chunk];
+        return;
+    }
+    for (int64_t next = 0; next < count; next += beside) {
+        int64_t first = next + beside <= count ? next : count - beside;
+        turn_over(x + first * chunk, beside, chunk, from);
+        wide(&many, 1, from, to, scale);
+        turn_over(to, chunk, beside, y + first * chunk);
+    }
+}
+
+void avx2_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale) {
+    if (base->inner < LANES) avx2_narrow_sums(base, count, x, y, scale, wide_sums);
+    else wide_sums(base, count, x, y, scale);
 }
 #endif

@@ -6,7 +6,6 @@
 
 #define LANES 16
 #define GROUP 16
-#define TILE 4
 typedef __m512 lanes;
 
 static inline lanes load(const float *x) { return _mm512_loadu_ps(x); }
@@ -38,14 +37,16 @@ static inline lanes across(lanes v, int distance) {
 }
 
 #include "hadamard_lanes.h"
+#include "hadamard_sums.h"
 
 void avx512_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *bits, int64_t first,
                       float scale) {
     sylvester(x, y, count, length, bits, first, scale);
 }
 
-void avx512_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    if (inner < LANES) avx2_signed_sums(coefficients, order, inner, x, y, scale);
-    else wide_sums(coefficients, order, inner, x, y, scale);
+void avx512_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale) {
+    if (base->inner < 8) avx2_narrow_sums(base, count, x, y, scale, avx512_signed_sums);
+    else if (base->inner < LANES) avx2_signed_sums(base, count, x, y, scale);
+    else wide_sums(base, count, x, y, scale);
 }
 #endif

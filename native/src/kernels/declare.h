@@ -23,7 +23,7 @@
 #define DECLARE_HADAMARD(isa)                                                                                 \
     void isa##_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *signs,       \
                          int64_t first, float scale);                                                         \
-    void isa##_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale);
+    void isa##_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale);
 
 /* Columns of a table. */
 #define BLOCK_DOTS(isa)                                                                                       \

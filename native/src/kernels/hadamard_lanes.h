@@ -1,6 +1,5 @@
 /* The Hadamard kernels on vectors of LANES floats: included once by the file of an instruction set, which has defined `lanes`,
- * LANES, GROUP (the vectors of a transform that stay in registers, 8 or 16), TILE (the vectors of columns that are summed side
- * by side), and the functions load, store, fused, spread, flip and across. Every element goes through the additions of
+ * LANES, GROUP (the vectors of a transform that stay in registers, 8 or 16), and the functions load, store, fused, spread, flip and across. Every element goes through the additions of
  * scalar_hadamard.c in their order; only what lies in registers between them differs. */
 #include <stdint.h>
 
@@ -128,34 +127,4 @@ static void sylvester(const float *x, float *y, int64_t count, int64_t length, c
     else if (length <= LEAF) any_leaves(x, y, count * length, (int)(length / LANES), signs, scale);
     else
         for (int64_t i = 0; i < count * length; i += length) descend(x + i, y + i, length, after(signs, i), scale);
-}
-
-/* Four rows of a base times `vectors` vectors of columns. coefficients: (order, 4). */
-INLINE void four_rows(const float *coefficients, int order, int64_t inner, const float *x, float *y, int vectors,
-                      float scale) {
-    lanes sums[4][TILE], columns[TILE];
-    for (int r = 0; r < 4; r++)
-        for (int v = 0; v < vectors; v++) sums[r][v] = spread(0);
-    for (int j = 0; j < order; j++, coefficients += 4, x += inner) {
-        for (int v = 0; v < vectors; v++) columns[v] = load(x + v * LANES);
-        for (int r = 0; r < 4; r++)
-            for (int v = 0; v < vectors; v++) sums[r][v] = fused(spread(coefficients[r]), columns[v], sums[r][v]);
-    }
-    for (int r = 0; r < 4; r++)
-        for (int v = 0; v < vectors; v++) store(y + r * inner + v * LANES, sums[r][v] * spread(scale));
-}
-
-/* inner >= LANES. The last vector of columns overlaps the one before where LANES does not divide them. */
-static void wide_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    for (int64_t column = 0; column < inner;) {
-        int many = column + TILE * LANES <= inner;
-        if (!many && column + LANES > inner) column = inner - LANES;
-        for (int row = 0; row < order; row += 4) {
-            const float *four = coefficients + (int64_t)row * order;
-            float *out = y + row * inner + column;
-            if (many) four_rows(four, order, inner, x + column, out, TILE, scale);
-            else four_rows(four, order, inner, x + column, out, 1, scale);
-        }
-        column += many ? TILE * LANES : LANES;
-    }
 }

@@ -4,7 +4,16 @@
 #define RONDEL_KERNELS_H
 #include "formats.h"
 
-enum { HADAMARD_WIDE = 8 };
+/* A matrix of 1 and -1, its columns in groups of four. A row adds, for every group in turn, one of the eight sums of its four
+ * inputs that begin with +: (a +- b) +- (c +- d). */
+struct signed_sums {
+    int order, transposed; /* a multiple of 4; of hadamard_base(order) */
+    int64_t inner;
+    const uint16_t *terms; /* (order, order / 4): 16 (16 (group mod SUM_GROUPS) + choice); bits of a choice: SUM_* */
+    const float *signs;    /* (order): of the row's first column; its terms are those of the row times that */
+};
+enum { SUM_B = 4, SUM_D = 2, SUM_CD = 1, SUM_MINUS = 8 }; /* - before b, before d, before (c +- d), before the whole sum */
+enum { SUM_GROUPS = 8 };                                  /* their sums for a tile of columns fit a first-level cache */
 
 struct kernels {
     const char *name;
@@ -23,10 +32,8 @@ struct kernels {
     /* `count` Sylvester matrices of order `length`, side by side, times signs: y <- scale H (s o x); y may be x. Bit `first` of
      * `signs` (least significant first, 1 = minus) belongs to x[0]; 3 bytes past the last must be readable; NULL: all plus. */
     void (*sylvester)(const float *x, float *y, int64_t count, int64_t length, const uint8_t *signs, int64_t first, float scale);
-    /* Another factor of a Hadamard matrix: y <- scale M x for M (order, order) of 1 and -1 and x (order, inner), y not x.
-     * coefficients: M as (order / 4, order, 4), four rows side by side; where inner < HADAMARD_WIDE, when it is a power of
-     * two, M's transpose with every column `inner` times, (order, order * inner). */
-    void (*signed_sums)(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale);
+    /* Another factor of a Hadamard matrix: y <- scale M x, M acting on the middle axis of (count, order, inner); y not x. */
+    void (*signed_sums)(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale);
     void (*swiglu)(float *gate, const float *up, int64_t n); /* gate <- silu(gate) o up */
     /* `pairs` pairs (a, b), neighbours `step` apart: a, b <- a cos - b sin, a sin + b cos. */
     void (*turn)(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step);

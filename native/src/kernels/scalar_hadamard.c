@@ -1,6 +1,4 @@
 /* The Hadamard transform, scalar: the order of additions is the specification. */
-#include <string.h>
-
 #include "scalar.h"
 
 void scalar_sylvester(const float *x, float *y, int64_t count, int64_t length, const uint8_t *bits, int64_t first,
@@ -18,30 +16,35 @@ void scalar_sylvester(const float *x, float *y, int64_t count, int64_t length, c
     for (int64_t i = 0; i < count * length; i++) y[i] *= scale;
 }
 
-enum { SUMS = 32 }; /* in registers while a column of the matrix after the other is added */
+/* What a row adds for a group, the first of whose inputs is at x, the others `inner` apart. */
+static float sum_of_four(const float *x, int64_t inner, int choice) {
+    float ab = choice & SUM_B ? x[0] - x[inner] : x[0] + x[inner];
+    float cd = choice & SUM_D ? x[2 * inner] - x[3 * inner] : x[2 * inner] + x[3 * inner];
+    return choice & SUM_CD ? ab - cd : ab + cd;
+}
 
-/* One row of a base, its signs four apart: sums in ascending order of j, from zero. */
-static void row_sums(const float *signs, int order, const float *x, int64_t inner, float *y, float scale) {
+enum { SUMS = 32 }; /* in registers while a group after the other is added */
+
+static void row_sums(const uint16_t *terms, int groups, const float *x, int64_t inner, float *y, float scale) {
     for (int64_t first = 0; first < inner; first += SUMS) {
-        int64_t last = first + SUMS < inner ? first + SUMS : inner;
+        int many = (int)(first + SUMS < inner ? SUMS : inner - first);
         float sums[SUMS] = {0};
-        for (int j = 0; j < order; j++)
-            for (int64_t i = first; i < last; i++) sums[i - first] += signs[4 * j] * x[j * inner + i];
-        for (int64_t i = first; i < last; i++) y[i] = sums[i - first] * scale;
+        for (int g = 0; g < groups; g++) {
+            int choice = terms[g] / 16 % 16;
+            const float *four = x + 4 * g * inner + first;
+            for (int i = 0; i < many; i++) {
+                float term = sum_of_four(four + i, inner, choice);
+                sums[i] = g == 0 ? term : choice & SUM_MINUS ? sums[i] - term : sums[i] + term;
+            }
+        }
+        for (int i = 0; i < many; i++) y[first + i] = sums[i] * scale;
     }
 }
 
-static void narrow_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    memset(y, 0, (size_t)(order * inner) * sizeof *y);
-    for (int j = 0; j < order; j++, x += inner)
-        for (int row = 0; row < order; row++, coefficients += inner)
-            for (int64_t i = 0; i < inner; i++) y[row * inner + i] += coefficients[i] * x[i];
-    for (int64_t i = 0; i < order * inner; i++) y[i] *= scale;
-}
-
-void scalar_signed_sums(const float *coefficients, int order, int64_t inner, const float *x, float *y, float scale) {
-    if (inner < HADAMARD_WIDE) narrow_sums(coefficients, order, inner, x, y, scale);
-    else
-        for (int row = 0; row < order; row++)
-            row_sums(coefficients + row / 4 * 4 * order + row % 4, order, x, inner, y + row * inner, scale);
+void scalar_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale) {
+    int64_t chunk = base->order * base->inner;
+    int groups = base->order / 4;
+    for (; count > 0; count--, x += chunk, y += chunk)
+        for (int row = 0; row < base->order; row++)
+            row_sums(base->terms + row * groups, groups, x, base->inner, y + row * base->inner, scale * base->signs[row]);
 }

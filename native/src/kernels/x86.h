@@ -23,6 +23,9 @@ void avx2_pack_tile_128(const float *x, int64_t cols, void *packed);
 void avx2_pack_tile_256(const float *x, int64_t cols, void *packed);
 void avx2_swiglu(float *gate, const float *up, int64_t n);
 void avx2_turn(float *a, float *b, const float *cosines, const float *sines, int64_t pairs, int64_t step);
+typedef void hadamard_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale);
+void avx2_narrow_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale,
+                      hadamard_sums *wide);
 
 DECLARE_BLOCKS(avx2)
 DECLARE_CODEBOOKS(avx2)
