@@ -1,4 +1,4 @@
-"""Owns where ggml's blocks keep their whole numbers, bit by bit: codes, and the inner scales and mins of K types.
+"""Owns where ggml's blocks keep their whole numbers, bit by bit: codes, and the inner scales and mins of large blocks.
 
 Each field is a table of bit positions, so that reading and writing are one rule for all formats, and writing what was
 read gives the same bytes.
@@ -11,8 +11,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-
-from rondel.converters.ggml_types import GGML_TYPES
 
 Positions = NDArray[np.intp]
 
@@ -57,12 +55,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Layout:
-    """weight = d scale code - m min, with a scale and a min for each run of columns; absent fields are one or nothing.
+    """weight = d scale code - m min, with a scale and a min for each run of columns.
 
-    Where there are mins, they are whole numbers; a format with m and without mins adds m itself.
+    Without scales a scale is one; a format that has m and no mins adds m itself; without a field of codes, a code is
+    what the format's codebook says.
     """
 
-    codes: Field
+    codes: Field | None
     scales: Field | None = None
     mins: Field | None = None
 
@@ -124,8 +123,8 @@ def _codes_q6_k() -> Positions:
 
 @cache
 def layouts() -> dict[str, Layout]:
-    """The layouts of the formats whose codes stand in bits of their own."""
-    sixteen, fifth = np.arange(16), np.arange(32)
+    """The layouts of the formats whose codes or inner scales stand in bits of their own."""
+    eight, sixteen, fifth = np.arange(8), np.arange(16), np.arange(32)
     high = _at(2 + fifth // 8, fifth % 8, 1), _at(4 + fifth // 8, fifth % 8, 1)
     return {
         "Q4_0": Layout(Field(_nibbles(2), -8)),
@@ -141,9 +140,13 @@ def layouts() -> dict[str, Layout]:
         "TQ2_0": Layout(Field(_planes(0, 2), -1, below=1)),
         "Q1_0": Layout(Field(_at(2 + np.arange(128) // 8, np.arange(128) % 8, 1), -0.5, 2)),
         "Q2_0": Layout(Field(_at(2 + np.arange(64) // 4, np.arange(64) % 4 * 2, 2), -1)),
+        "IQ4_XS": Layout(
+            None, Field(_with(_at(4 + eight // 2, eight % 2 * 4, 4), _at(2 + eight // 4, eight % 4 * 2, 2)), -32)
+        ),
+        "IQ3_XXS": Layout(None, Field(_at(69 + 4 * eight, 4, 4), 0.5, 0.5)),
+        "IQ3_S": Layout(None, Field(_at(106 + eight // 2, eight % 2 * 4, 4), 0.5, 2)),
+        "IQ2_XXS": Layout(None, Field(_at(9 + 8 * eight, 4, 4), 0.5, 0.25)),
+        "IQ2_XS": Layout(None, Field(_at(66 + sixteen // 2, sixteen % 2 * 4, 4), 0.5, 0.25)),
+        "IQ2_S": Layout(None, Field(_at(74 + sixteen // 2, sixteen % 2 * 4, 4), 0.5, 0.25)),
+        "IQ1_S": Layout(None, Field(_at(35 + 2 * eight, 4, 3), 0.5, 0.25)),
     }
-
-
-def block_bytes(format: str) -> int:
-    """Bytes of a block of one of ggml's formats."""
-    return GGML_TYPES[format].bytes

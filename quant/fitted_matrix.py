@@ -1,0 +1,101 @@
+"""Owns a packed matrix as numbers that can be fitted: float16 block scales, and the whole numbers that formats allow.
+
+Behind each whole number (a code, an inner scale, an inner min) stands a real number. The forward pass rounds it, and
+the gradient passes as if it did not (straight-through, Bengio et al. 2013): what most steps push the same way becomes
+its neighbour. Format and size stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rondel.converters.folder import Packed
+from rondel.native.formats import decode
+from rondel.quant.block_codes import Kind, Numbers, read_numbers, with_numbers
+from rondel.quant.block_scales import BlockScales
+from rondel.quant.descent import Leaf
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Adam's learning rates: of factors near one, and of whole numbers, in units of their steps."""
+
+    factors: float
+    codes: float
+    inner: float  # inner scales and mins
+
+
+class _Round(torch.autograd.Function):
+    """Rounds forwards, and is the identity backwards."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+class FittedMatrix:
+    """One packed matrix (rows, cols) whose format has float16 block scales."""
+
+    def __init__(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> None:
+        self.packed = packed
+        self._blocks = BlockScales(packed)
+        self._numbers = read_numbers(packed)
+        self.reals = {
+            kind: torch.from_numpy(numbers.values).to(device, dtype) for kind, numbers in self._numbers.items()
+        }
+        if "codes" in self._numbers:
+            self._scales = self._blocks.scales.to(device, dtype)
+        else:
+            self._pattern = self._codebook_weights().to(device, dtype)
+            self._scales = self._blocks.to(device, dtype).scales
+        self.factors = torch.ones_like(self._scales)
+
+    def leaves(self, rates: Rates) -> list[Leaf]:
+        """Everything that is fitted, with its rate."""
+        reals = [Leaf(real, rates.codes if kind == "codes" else rates.inner) for kind, real in self.reals.items()]
+        return [Leaf(self.factors, rates.factors), *reals]
+
+    def weight(self) -> torch.Tensor:
+        """The matrix (rows, cols), differentiable in the leaves."""
+        halves = (self._scales * self.factors).flatten(1)[..., None]  # (d or d and m, blocks, 1)
+        scale = halves[0] * self._meant("scales") if "scales" in self.reals else halves[0]
+        codes = self._meant("codes") if "codes" in self.reals else self._pattern
+        weight = codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None]
+        if len(halves) > 1:
+            least = -halves[1] * self._meant("mins") if "mins" in self.reals else halves[1]
+            weight = weight + least[..., None]
+        return weight.reshape(self.packed.shape)
+
+    def bound(self) -> None:
+        """Bring the reals back between their ends: beyond, they would have to return before they count."""
+        for kind, real in self.reals.items():
+            real.clamp_(0, self._numbers[kind].top)
+
+    def stored(self) -> Packed:
+        """The matrix as it is stored; float16 rounds the block scales."""
+        folded = self._blocks.fold(self._scales * self.factors)
+        whole = {kind: real.detach().round().cpu().numpy().astype(np.int32) for kind, real in self.reals.items()}
+        return with_numbers(folded, whole) if whole else folded
+
+    def _meant(self, kind: Kind) -> torch.Tensor:
+        numbers = self._numbers[kind]
+        whole = _Round.apply(self.reals[kind])
+        return numbers.unit * (whole + numbers.zero)
+
+    def _codebook_weights(self) -> torch.Tensor:
+        """(blocks, columns): what d and the inner scales multiply, of a format whose codes are no numbers."""
+        blocks = self._blocks
+        if "scales" not in self._numbers:
+            return blocks.parts()[0].flatten(0, 1)
+        scales = self._numbers["scales"]
+        plain = int(1 - scales.zero) if scales.unit == 1 else 0
+        alike = with_numbers(self.packed, {"scales": np.full_like(scales.values, plain)})
+        return BlockScales(alike).parts()[0].flatten(0, 1) / (scales.unit * (plain + scales.zero))
