@@ -1,4 +1,4 @@
-"""Owns the whole numbers of packed matrices as arrays: read from the bytes of any format that has them, and put back."""
+"""Owns the whole numbers of packed matrices as arrays: read from a format's bytes, and put back."""
 
 from __future__ import annotations
 

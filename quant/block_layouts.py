@@ -77,7 +77,7 @@ def _distinct(byte: Positions) -> list[Positions]:
 
 def _at(byte: Positions | int, bit: Positions | int, count: int) -> Positions:
     """Fields of `count` neighbouring bits that begin at a bit of a byte."""
-    return np.asarray(8 * np.asarray(byte) + bit)[..., None] + np.arange(count)
+    return np.asarray(8 * np.asarray(byte) + bit, np.intp)[..., None] + np.arange(count, dtype=np.intp)
 
 
 def _nibbles(first: int) -> Positions:
@@ -117,8 +117,8 @@ def _scales_q3_k() -> Field:
 
 def _codes_q6_k() -> Positions:
     column = np.arange(256)
-    half, t, l = column // 128, column % 128 // 32, column % 32
-    return _with(_at(half * 64 + t % 2 * 32 + l, t // 2 * 4, 4), _at(128 + half * 32 + l, t * 2, 2))
+    half, t, lane = column // 128, column % 128 // 32, column % 32
+    return _with(_at(half * 64 + t % 2 * 32 + lane, t // 2 * 4, 4), _at(128 + half * 32 + lane, t * 2, 2))
 
 
 @cache

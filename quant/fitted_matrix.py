@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from rondel.converters.folder import Packed
-from rondel.native.formats import decode
-from rondel.quant.block_codes import Kind, Numbers, read_numbers, with_numbers
+from rondel.quant.block_codes import Kind, read_numbers, with_numbers
 from rondel.quant.block_scales import BlockScales
 from rondel.quant.descent import Leaf
 
@@ -77,7 +76,7 @@ class FittedMatrix:
     def bound(self) -> None:
         """Bring the reals back between their ends: beyond, they would have to return before they count."""
         for kind, real in self.reals.items():
-            real.clamp_(0, self._numbers[kind].top)
+            real.detach().clamp_(0, self._numbers[kind].top)
 
     def stored(self) -> Packed:
         """The matrix as it is stored; float16 rounds the block scales."""

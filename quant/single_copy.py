@@ -1,9 +1,9 @@
-"""Owns the tuning of the single copy: scales and norms of a quantized model, fitted to its teacher's logits.
+"""Owns the tuning of the single copy: a quantized model's own numbers, fitted to its teacher's logits.
 
-Block codes stay as they are. What each block is proportional to, and the gains of the norms, are multiplied by factors
-that Adam fits from one: the same formats and the same bytes, so that whatever copies add later is measured against a
-model that has had the same care (compare the step sizes of EfficientQAT, Chen et al. 2024, and Norm Tweaking, Li et al.
-2023).
+Block scales and the gains of norms are multiplied by factors that start from one; codes and inner scales move to their
+neighbours where the gradient insists (fitted_matrix.py). The formats and the bytes stay the same, so that whatever
+copies add later is measured against a model that has had the same care (compare EfficientQAT, Chen et al. 2024; Norm
+Tweaking, Li et al. 2023; LLM-QAT, Liu et al. 2023).
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.folder import Packed
-from rondel.quant.block_scales import BlockScales, has_scales
-from rondel.quant.descent import Leaf, batches, descend, divergence, open_workers
+from rondel.converters.progress import Progress, silent
+from rondel.native.formats import decode
+from rondel.quant.block_scales import has_scales
+from rondel.quant.descent import Leaf, batches, descend_through, divergence, open_workers
+from rondel.quant.fitted_matrix import FittedMatrix, Rates
 from rondel.quant.judgement import RememberedTeacher, Splits, token_losses
 from rondel.quant.student import Student
 from rondel.quant.workers import Workers
 
-RATE = 2e-3  # Adam's, of factors near one
+RATES = Rates(factors=1e-3, codes=2e-2, inner=2e-2)  # Adam's: a code has to be pushed for dozens of steps
+NORM_RATE = 1e-3
 BATCH = 4  # windows a step
 
 
@@ -49,37 +53,38 @@ class Tuned:
     report: dict[str, Any]
 
 
-class _Factors:
-    """A factor of one for every block scale and norm gain of a model, and the weights that they give."""
+class _Fit:
+    """Everything of a model that is fitted, and the weights that it gives."""
 
     def __init__(self, source: Checkpoint, student: Student) -> None:
         self.student = student
-        self.blocks: dict[str, BlockScales] = {}
-        self.leaves: dict[str, torch.Tensor] = {}
+        self.matrices: dict[str, FittedMatrix] = {}
+        self.norms: dict[str, torch.Tensor] = {}
         for name in source.names():
             if has_scales(source.info(name).format):
-                self.blocks[name] = BlockScales(source.packed(name)).to(student.device, student.dtype)
-                self.leaves[name] = torch.ones_like(self.blocks[name].scales)
+                self.matrices[name] = FittedMatrix(source.packed(name), student.device, student.dtype)
             elif name.endswith("norm.weight"):
-                self.leaves[name] = torch.ones_like(student.tensors[name])
+                self.norms[name] = torch.ones_like(student.tensors[name])
+
+    def leaves(self) -> list[Leaf]:
+        """All that the descent moves."""
+        norms = [Leaf(gain, NORM_RATE) for gain in self.norms.values()]
+        return [leaf for matrix in self.matrices.values() for leaf in matrix.leaves(RATES)] + norms
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What stands in the place of the recorded tensors; differentiable in the factors."""
-        return {
-            name: self.blocks[name].weight(self.blocks[name].scales * factor)
-            if name in self.blocks
-            else self.student.tensors[name] * factor
-            for name, factor in self.leaves.items()
-        }
+        """What stands in the place of the recorded tensors; differentiable in the leaves."""
+        matrices = {name: matrix.weight() for name, matrix in self.matrices.items()}
+        return matrices | {name: self.student.tensors[name] * gain for name, gain in self.norms.items()}
+
+    def bound(self) -> None:
+        """Keep whole numbers within their formats."""
+        for matrix in self.matrices.values():
+            matrix.bound()
 
     def stored(self) -> dict[str, torch.Tensor | Packed]:
-        """The tensors with the factors folded in, as they are stored."""
-        return {
-            name: self.blocks[name].fold(self.blocks[name].scales * factor)
-            if name in self.blocks
-            else (self.student.tensors[name] * factor).float().cpu()
-            for name, factor in self.leaves.items()
-        }
+        """The tensors as they are stored."""
+        norms = {name: (self.student.tensors[name] * gain).float().cpu() for name, gain in self.norms.items()}
+        return {name: matrix.stored() for name, matrix in self.matrices.items()} | norms
 
 
 def tune(
@@ -90,28 +95,37 @@ def tune(
     config: TuneConfig,
     *,
     workers: Workers | None = None,
+    progress: Progress = silent,
 ) -> Tuned:
-    """Fit the factors on `splits.fit`; they are kept only if they help on `splits.select`, which fitted nothing.
+    """Fit on `splits.fit`; the result is kept only if it helps on `splits.select`, which fitted nothing.
 
-    `student` is the forward pass of `source`. The same bits for any number of workers.
+    `student` is the forward pass of `source`. The same bits for any number of workers. Codes take 16 bytes a weight
+    beside the float32 weights of both models.
     """
-    remembered, factors = RememberedTeacher(teacher), _Factors(source, student)
+    remembered, fit = RememberedTeacher(teacher), _Fit(source, student)
 
-    def loss(window: int) -> torch.Tensor:
+    def loss(window: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tokens = splits.fit[window][None]
-        return divergence(student.logits(tokens, weights=factors.weights()), remembered.logits(tokens))
+        return divergence(student.logits(tokens, weights=weights), remembered.logits(tokens))
+
+    def after(step: int, _: float) -> bool:
+        fit.bound()
+        progress(step + 1, config.steps, "tuning the single copy")
+        return True
 
     with open_workers(workers) as crew:
         plan = batches(len(splits.fit), config.steps, BATCH, config.seed)
-        descend([Leaf(factor, RATE) for factor in factors.leaves.values()], loss, plan, crew)
-    stored = factors.stored()
-    weights = {
-        name: BlockScales(value).weight(BlockScales(value).scales).to(student.device, student.dtype)
-        if isinstance(value, Packed)
-        else value.to(student.device, student.dtype)
-        for name, value in stored.items()
-    }
+        descend_through(fit.leaves(), fit.weights, loss, plan, crew, after)
+    stored = fit.stored()
+    weights = {name: _computed(value).to(student.device, student.dtype) for name, value in stored.items()}
     before = token_losses(student, remembered, splits.select).told()
-    after = token_losses(student, remembered, splits.select, weights=weights).told()
-    report = {"before": before, "after": after, "kept": after["kl"] < before["kl"]}
+    after_tuning = token_losses(student, remembered, splits.select, weights=weights).told()
+    report = {"before": before, "after": after_tuning, "kept": after_tuning["kl"] < before["kl"]}
     return Tuned(stored, weights, report) if report["kept"] else Tuned({}, {}, report)
+
+
+def _computed(value: torch.Tensor | Packed) -> torch.Tensor:
+    """The numbers that a reader of the file has."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.from_numpy(decode(value.format, value.data.numpy(), *value.shape)).reshape(value.shape)
