@@ -67,7 +67,7 @@ TuneOption = Annotated[
     bool | None,
     typer.Option(
         "--tune/--no-tune",
-        help="Fit the model's block scales and norms to the teacher first, in the same formats and bytes. "
+        help="Fit the model's codes, block scales and norms to the teacher first, in the same formats and bytes. "
         "Default: with --teacher and --text.",
     ),
 ]
