@@ -22,8 +22,10 @@ FEW, SOME = 4, 12
 OPTIONS = {"tensors": "tensor"}  # settings whose option has another name
 
 
-def check_report(path: Path) -> None:
+def check_report(path: Path, *, dry_run: bool = False) -> None:
     """Refuse a report that could not be written, before the long work."""
+    if dry_run:
+        raise RondelError("--report tells of a model that was written; leave out --dry-run")
     if path.suffix not in SUFFIXES:
         raise RondelError(f"--report {path}: expected a name that ends in .html or .json")
     if path.is_dir() or not path.absolute().parent.is_dir():

@@ -23,7 +23,6 @@ from rondel.cli.options import (
 )
 from rondel.cli.report import check_report, write_report
 from rondel.cli.rotation_page import render
-from rondel.converters.errors import RondelError
 
 if TYPE_CHECKING:
     from rondel.quant.rotate import RotateConfig
@@ -190,9 +189,7 @@ def rotate(
     settings |= {"queries": _block(queries), "hidden": _block(hidden), "tries": tries, "massive": massive}
     config = RotateConfig(**settings, target=target)  # type: ignore[arg-type]  # the stage names a wrong word
     if report:
-        if dry_run:
-            raise RondelError("--report tells of a model that was written; leave out --dry-run")
-        check_report(report)
+        check_report(report, dry_run=dry_run)
     return _rotate(model, output, config, stats, report, writing, **shown)
 
 
