@@ -27,6 +27,14 @@ DENSE, SPARSE, INTEGER = 0, 1, 2  # ent.enc
 INDEX_LIMIT = 1 << 16  # channels that a sparse entry can name
 WORDS_LIMIT = 1 << 28
 EVALUATION = "eval."
+# What was measured; a name that begins with "rival_" is the KL divergence of another use of the copies' bytes.
+EVALUATION_TYPES = {
+    **dict.fromkeys(("nll_base", "nll_repl", "kl_base", "kl_repl", "ci_lo", "ci_hi"), "a float32 number"),
+    **dict.fromkeys(("n_tokens", "n_ctx"), "an unsigned integer"),
+    "corpus_sha256": "a string",
+    "regression": "true or false",
+}
+RIVAL = "rival_"
 STEP_FIELDS = {
     "step.layer": "layer",
     "step.pass": "number",
@@ -117,11 +125,33 @@ class _Keys:
             raise self.wrong(name, "a string")
         return value
 
+    def evaluation(self) -> dict[str, Any]:
+        """What was measured; keys that a newer version adds are kept as they are."""
+        found: dict[str, Any] = {}
+        for key, value in self.values.items():
+            name = key.removeprefix(EVALUATION)
+            if not key.startswith(EVALUATION):
+                continue
+            expected = "a float32 number" if name.startswith(RIVAL) else EVALUATION_TYPES.get(name)
+            if expected and not _is(value, expected):
+                raise self.wrong(key, expected)
+            found[name] = value
+        return found
+
     def flag(self, name: str) -> bool:
         value = self.values.get(name, False)
         if not isinstance(value, bool | np.bool_):
             raise self.wrong(name, "true or false")
         return bool(value)
+
+
+def _is(value: Any, expected: str) -> bool:
+    """Whether a value is what EVALUATION_TYPES calls so."""
+    if expected == "a float32 number":
+        return isinstance(value, float | np.floating)
+    if expected == "an unsigned integer":
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) < 1 << 32
+    return isinstance(value, str if expected == "a string" else bool | np.bool_)
 
 
 def _payload(keys: _Keys) -> np.ndarray:
@@ -226,7 +256,6 @@ def decode_replication(keys: Mapping[str, Any], numbers: Hyperparameters) -> tup
     if len({len(column) for column in columns.values()}) != 1:
         raise taken.wrong("step.*", "arrays of one length")
     steps = tuple(Step(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
-    evaluation = {n.removeprefix(EVALUATION): v for n, v in taken.values.items() if n.startswith(EVALUATION)}
     found = Replication(
         layers=taken.integer("n_base"),
         steps=steps,
@@ -235,7 +264,7 @@ def decode_replication(keys: Mapping[str, Any], numbers: Hyperparameters) -> tup
         layer_sets=tuple(taken.integers("layer.pset", required=False)),
         strict=strict,
         base_sha256=taken.text("base.sha256"),
-        evaluation=evaluation,
+        evaluation=taken.evaluation(),
     )
     check(found, numbers)
     return found, warnings

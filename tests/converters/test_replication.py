@@ -281,7 +281,23 @@ BAD_KEYS: list[tuple[dict[str, Any], str]] = [
     (payload([0x7C00, *[0] * 18]), "no float16 number"),
     (payload([0x7E00, *[0] * 18]), "no float16 number"),
     ({"base.sha256": 7}, r"base\.sha256: expected a string"),
+    ({"eval.kl_base": 1}, r"eval\.kl_base: expected a float32 number"),
+    ({"eval.ci_lo": "low"}, r"eval\.ci_lo: expected a float32 number"),
+    ({"eval.rival_low_rank": True}, r"eval\.rival_low_rank: expected a float32 number"),
+    ({"eval.n_tokens": 4096.0}, r"eval\.n_tokens: expected an unsigned integer"),
+    ({"eval.n_ctx": -1}, r"eval\.n_ctx: expected an unsigned integer"),
+    ({"eval.n_ctx": True}, r"eval\.n_ctx: expected an unsigned integer"),
+    ({"eval.corpus_sha256": [1]}, r"eval\.corpus_sha256: expected a string"),
+    ({"eval.regression": 0}, r"eval\.regression: expected true or false"),
 ]
+
+
+def test_what_a_newer_version_measured_is_kept() -> None:
+    keys = keys_of(example()) | {f"{PREFIX}eval.accuracy": 0.5, f"{PREFIX}eval.rival_low_rank": np.float32(0.25)}
+    found, _ = decode_replication(keys, NUMBERS)
+    assert found is not None
+    assert found.evaluation["accuracy"] == 0.5
+    assert found.evaluation["rival_low_rank"] == 0.25
 
 
 @pytest.mark.parametrize(("changes", "sentence"), BAD_KEYS, ids=range(len(BAD_KEYS)))
