@@ -21,8 +21,10 @@ from rondel.cli.options import (
     TargetOption,
     ThreadsOption,
 )
+from rondel.converters.errors import RondelError
 
 Cache = Literal["own", "shared"]
+LONGEST_RANGE = 9  # characters: no model has ten thousand layers
 
 TeacherOption = Annotated[
     Path | None,
@@ -42,8 +44,52 @@ LayerOption = Annotated[
         "--layer",
         metavar="N:MODE:COPIES[:OPTION]",
         help="Run layer N (from 0) COPIES more times: serial after itself, or parallel, merged by mean, sum or "
-        "weighted_sum. May be repeated. Without it, nothing is replicated.",
+        "weighted_sum. May be repeated. Without it, layers are chosen, where there is a teacher and text.",
     ),
+]
+Mode = Literal["auto", "serial", "parallel", "mixed", "none"]
+ModeOption = Annotated[
+    Mode,
+    typer.Option(
+        "--mode",
+        metavar="auto|serial|parallel|mixed|none",
+        help="Of chosen copies: auto takes what helps a layer most, mixed allows both in one layer, none only tunes.",
+    ),
+]
+CandidatesOption = Annotated[
+    str | None,
+    typer.Option("--layers", metavar="auto|LIST", help="Layers to choose from, such as 0,3-5. Default: all."),
+]
+Parts = Literal["auto", "block", "attn", "ffn"]
+PartsOption = Annotated[
+    Parts, typer.Option("--parts", metavar="auto|block|attn|ffn", help="What chosen copies run of a layer.")
+]
+PassesOption = Annotated[int, typer.Option("--passes", metavar="N", min=1, help="The most chosen copies of a layer.")]
+Merge = Literal["sum", "mean", "weighted_sum"]
+MergeOption = Annotated[
+    Merge | None,
+    typer.Option("--merge", metavar="sum|mean|weighted_sum", help="Of chosen parallel copies. Default: sum."),
+]
+Search = Literal["screen", "grid", "bayes", "evolve"]
+SearchOption = Annotated[
+    Search,
+    typer.Option(
+        "--search",
+        metavar="screen|grid|bayes|evolve",
+        help="How copies are looked for: layer by layer where screening promises something, or over whole plans.",
+    ),
+]
+BudgetOption = Annotated[int, typer.Option("--budget-evals", metavar="N", min=1, help="The most plans to fit.")]
+MostLayersOption = Annotated[
+    int, typer.Option("--max-layers", metavar="N", min=0, help="The most layers with chosen copies.")
+]
+MostComputeOption = Annotated[
+    float,
+    typer.Option("--max-compute", metavar="SHARE", min=0, help="The most that chosen copies compute, of all layers'."),
+]
+MostCachesOption = Annotated[
+    int | None,
+    typer.Option("--max-kv", metavar="N", min=0, help="The most caches of keys and values of chosen copies."),
 ]
 CopiesCacheOption = Annotated[
     Cache | None,
@@ -97,6 +143,16 @@ def replicate(
     layer: LayerOption = None,
     teacher: TeacherOption = None,
     text: TextOption = None,
+    mode: ModeOption = "auto",
+    candidates: CandidatesOption = None,
+    parts: PartsOption = "auto",
+    passes: PassesOption = 1,
+    merge: MergeOption = None,
+    search: SearchOption = "screen",
+    budget_evals: BudgetOption = 24,
+    max_layers: MostLayersOption = 2,
+    max_compute: MostComputeOption = 1.0,
+    max_kv: MostCachesOption = None,
     kv: CopiesCacheOption = None,
     gate: GateOption = None,
     context: ContextOption = None,
@@ -118,9 +174,11 @@ def replicate(
     """Let layers of MODEL run more than once.
 
     The copies share the layer's weights and have small parameters of their own. llama.cpp ignores them and runs every
-    layer once; rondel runs them; `export --materialize` writes serial copies as layers. With --teacher and --text MODEL
-    itself is tuned first, then the copies are fitted, and text that fitted nothing tells whether they help; those that
-    harm are refused with exit code 3. Without, they are written as --layer says.
+    layer once; rondel runs them; `export --materialize` writes serial copies as layers.
+
+    With --teacher and --text MODEL itself is tuned first. Then copies are chosen, and fitted; text that neither fitted
+    nor chose decides whether they stay; mostly none do. The copies of --layer are fitted as they are; those that harm
+    are refused with exit code 3. Without a teacher and text, nothing is chosen, and --layer is written as it is.
 
     Example:
 
@@ -134,6 +192,16 @@ def replicate(
 
     config = stage.ReplicateConfig(
         layers=tuple(layer or ()),
+        mode=mode,
+        candidates=_layers(candidates),
+        parts=parts,
+        passes=passes,
+        merge=merge,
+        search=search,
+        budget_evals=budget_evals,
+        max_layers=max_layers,
+        max_compute=max_compute,
+        max_kv=max_kv,
         kv=kv,
         gate=gate,
         context=context,
@@ -162,3 +230,16 @@ def replicate(
             console.warn(warning)
     told, line = with_candidates(*console.written("replicate", output, made.manifest), result, output)
     return console.result(told, line, as_json=as_json, quiet=quiet)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """ "0,3-5" as (0, 3, 4, 5); None for "auto"."""
+    if text in (None, "auto"):
+        return None
+    found: set[int] = set()
+    for item in str(text).split(","):
+        first, dash, last = item.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or len(item) > LONGEST_RANGE:
+            raise RondelError(f"--layers {text}: expected auto, or layers such as 0,3-5")
+        found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from rondel.converters.errors import RondelError
 from rondel.quant.copy_plan import Copy, CopyPlan
 from rondel.quant.screening import MODES, PARTS
 
@@ -58,6 +59,12 @@ class ChoiceConfig:
             for part in self.kinds
             if self.merge != "mean" or mode == "serial" or part == "block"
         ]
+
+    def check(self, layers: int) -> None:
+        """Refuse candidates that a model of so many layers does not have."""
+        missing = sorted(set(self.candidates or ()) - set(range(layers)))
+        if missing:
+            raise RondelError(f"layer {missing[0]} cannot have copies: the model has the layers 0 to {layers - 1}")
 
     def failure(self, plan: CopyPlan) -> str | None:
         """Which cap a plan exceeds, in a sentence; None: none."""

@@ -1,7 +1,7 @@
 """Replicate: layers that run more than once on shared weights, each copy with parameters of its own.
 
-A plan is explicit, one specification a layer (see replication_plan.py). Where there is a teacher and text, the single
-copy is tuned first, and the copies are fitted and judged (replication_trial.py).
+A plan is explicit, one specification a layer (see replication_plan.py), or chosen (selection.py), where there is a
+teacher and text. Then the single copy is tuned first, and copies are fitted, judged and compared (replication_trial).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rondel.converters.output import StageOutput
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication_codec import encode_replication
 from rondel.converters.replication_keys import base_sha256
+from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replication_plan import (
     PARTS,
@@ -43,8 +44,7 @@ __all__ = [
 ]
 
 NOTHING_CHOSEN = (
-    "no layer was replicated: the automatic choice is not built yet; name layers with --layer LAYER:MODE:COPIES, and "
-    "have their copies fitted with --teacher and --text"
+    "no layer is replicated: layers are chosen by --teacher and --text, or named with --layer LAYER:MODE:COPIES"
 )
 CORRECTION = "low-rank.gguf"  # beside the tensors
 NOT_FITTED = "the copies are not fitted, and such copies do not repair rounding errors: give --teacher and --text"
@@ -54,13 +54,23 @@ NOT_FITTED = "the copies are not fitted, and such copies do not repair rounding 
 class ReplicateConfig:
     """Which layers run more than once, and how; what is below `strict` has a meaning with a teacher and text alone."""
 
-    layers: tuple[str, ...] = ()  # specifications, see replication_plan.py; none: the automatic choice
+    layers: tuple[str, ...] = ()  # specifications, see replication_plan.py; none: copies are chosen
     gate: float | None = None  # of unfitted copies whose specification has none; None: 1 in a mean, else 0.1
     kv: Literal["own", "shared"] | None = None  # keys and values of copies; None: own if serial, shared if parallel
     strict: bool = False  # refuse readers that would run the base path alone
     context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
     tokens: int = 131072  # the most to fit and to decide with
     steps: int = 150  # of every optimization
+    mode: Literal["auto", "serial", "parallel", "mixed", "none"] = "auto"  # of chosen copies
+    candidates: tuple[int, ...] | None = None  # layers that may have chosen copies; None: all
+    parts: Literal["auto", "block", "attn", "ffn"] = "auto"  # that chosen copies run
+    passes: int = 1  # chosen copies of a layer at most
+    merge: Literal["sum", "mean", "weighted_sum"] | None = None  # of chosen parallel copies; None: sum
+    search: Literal["screen", "grid", "bayes", "evolve"] = "screen"
+    budget_evals: int = 24  # plans to fit at most
+    max_layers: int = 2  # with chosen copies
+    max_compute: float = 1.0  # of chosen copies, as a share of what all layers compute
+    max_kv: int | None = None  # KV caches beyond the model's own; None: any number
     tune: bool | None = None  # the single copy first; None: where there is a teacher and text
     prefer: Literal["none", "replicate", "low-rank"] = "none"  # where another use of the copies' bytes is better
     allow_regression: bool = False
@@ -77,6 +87,9 @@ def _check(source: Checkpoint, config: ReplicateConfig, teacher: Checkpoint | No
     check_runs(source, "replicated")
     if text and teacher is None:
         raise RondelError("--text: copies are fitted to a teacher; give the unquantized model with --teacher")
+    if config.layers and config.mode != "auto":
+        raise RondelError(f"--mode {config.mode}: is for copies that are chosen; --layer names them and their modes")
+    ChoiceConfig.of(config).check(source.numbers.layers)
     if config.tune and not (teacher and text):
         raise RondelError("--tune: the single copy is tuned towards a teacher; give --teacher and --text")
     if config.prefer == "low-rank" and not (teacher and text):
@@ -98,7 +111,12 @@ def plan(
     numbers = source.numbers
     built = build_replication(config, numbers)
     if built is None:
-        return {"layers": [], "steps": numbers.layers, "kv_slots": numbers.layers, "notes": [NOTHING_CHOSEN]}
+        told = {"layers": [], "steps": numbers.layers, "kv_slots": numbers.layers, "notes": [NOTHING_CHOSEN]}
+        if teacher and text:
+            chosen_from = ChoiceConfig.of(config)
+            candidates = [] if config.mode == "none" else chosen_from.copies(numbers.layers)
+            told |= {"candidates": [str(copy) for copy in candidates], "notes": []}
+        return told
     chosen = [one for ones in specifications(config, numbers.layers).values() for one in ones]
     part_names = {bits: name for name, bits in PARTS.items()}
     notes = [
@@ -132,8 +150,8 @@ def replicate(
     """Record the steps of `config` in a checkpoint whose tensors are those of `source`, linked where the disk allows.
 
     With a teacher and text, tensors that the tuning changed are written anew, in the same formats and bytes. Where no
-    layer is named, nothing is replicated: the record says so, and the chain goes on. Raises RegressionError for copies
-    that harm.
+    layer is named, copies are chosen, or none: the record says so, and the chain goes on. Raises RegressionError for
+    named copies that harm.
     """
     check_device(device)
     _check(source, config, teacher, text)

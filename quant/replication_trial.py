@@ -1,4 +1,4 @@
-"""Owns the way from a quantized model, its teacher and text to a result: tune, fit, judge, compare.
+"""Owns the way from a quantized model, its teacher and text to a result: tune, choose or fit, judge, compare.
 
 The text is cut in three: one piece fits, one chooses, and one that did neither tells what came of it, token by token
 against the same model without copies. All is measured against the tuned single copy, and beside what other uses of the
@@ -19,10 +19,11 @@ from rondel.converters.errors import RegressionError, RondelError
 from rondel.converters.lora import Factors as LoraFactors
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
-from rondel.quant import single_copy
+from rondel.quant import selection, single_copy
 from rondel.quant.calibration_text import CalibrationText, tokenize
+from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.distill import fit_copies
-from rondel.quant.judgement import Losses, RememberedTeacher, Verdict, paired, split, token_losses
+from rondel.quant.judgement import DELTA, Losses, RememberedTeacher, Verdict, paired, split, token_losses
 from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
 from rondel.quant.rivals import Rival, Rivals
@@ -53,6 +54,11 @@ class TrialConfig(Protocol):
     @property
     def seed(self) -> int:
         """Of the order of windows, and of the bootstrap."""
+        ...
+
+    @property
+    def mode(self) -> str:
+        """Of chosen copies; "none" for no copies."""
         ...
 
     @property
@@ -168,6 +174,23 @@ class Trial:
         sets = fit_copies(self.student, self.teacher, self.splits.fit, found, None, self.config, workers=self.workers)
         return replace(found, sets=tuple({kind: np.asarray(values) for kind, values in one.items()} for one in sets))
 
+    def choose(self) -> Replication | None:
+        """Copies that surely help, fitted; None, and a note, where there are no such copies."""
+        config = ChoiceConfig.of(self.config)
+        found = selection.choose(
+            self.student, self.teacher, self.splits, config, workers=self.workers, progress=self.progress
+        )
+        self.told["log"] = found.log
+        verdicts = {"against_base": found.verdict, "against_gains": found.control}
+        self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
+        if found.replication is None:
+            fitted = sum(entry["kl"] is not None for entry in found.log)
+            self.told["notes"].append(
+                f"no layer is replicated: of {len(found.log)} candidates, {fitted} of them fitted, none is surely "
+                f"better than the model without copies by {DELTA:g} nats a token, and than gains that cost nothing"
+            )
+        return found.replication
+
     def judge(self, found: Replication) -> Replication:
         """The copies with their evaluation, against the tuned single copy.
 
@@ -280,18 +303,22 @@ def decide(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Outcome:
-    """Tune the single copy, then fit and judge the copies of `plan`, if there is one.
+    """Tune the single copy, then fit the copies of `plan`, or choose copies, and judge them beside their rivals.
 
-    Raises RegressionError where they surely harm and `config.allow_regression` is not set, RondelError as Trial does.
+    Chosen copies are left out where a rival is surely better, unless `config.prefer` says otherwise. Raises
+    RegressionError where those of `plan` surely harm and `config.allow_regression` is not set, RondelError as Trial.
     """
     with Workers(threads) as workers:
         trial = Trial(source, teacher, text, config, workers=workers, device=device, progress=progress)
         if config.tune is not False:
             trial.tune()
-        found = trial.judge(trial.fit(plan)) if plan else None
+        found = trial.fit(plan) if plan else trial.choose() if config.mode != "none" else None
         if found:
-            found, better = trial.compare(found)
+            found, better = trial.compare(trial.judge(found))
             trial.told["warnings"] += [_beaten(row, found) for row in better]
+            if better and not plan and config.prefer == "none":
+                trial.told["notes"].append("no layer is replicated: its bytes have a better use; see --prefer")
+                found = None
         correction = trial.correct(found) if config.prefer == "low-rank" else {}
     return Outcome(trial.model, None if correction else found, trial.told, correction)
 

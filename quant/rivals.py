@@ -19,12 +19,13 @@ from typing import Protocol
 import torch
 
 from rondel.converters.lora import HALF_BYTES
-from rondel.converters.replication import Replication
+from rondel.converters.replication import ATTENTION, FFN, Replication
 from rondel.converters.tiles import TILE_FORMATS
 from rondel.native.formats import decode, encode, format_bytes
 from rondel.quant import low_rank
 from rondel.quant.candidates import candidates
 from rondel.quant.deficits import Deficit, deficits
+from rondel.quant.gain_control import fit_gains
 from rondel.quant.low_rank import Factors
 from rondel.quant.output_error import every
 from rondel.quant.replication_cost import read_bytes, stored_bytes
@@ -90,6 +91,17 @@ class Rivals:
         """What each matrix lacks; empty where the teacher is another model than the student's original."""
         return deficits(self.student, self.teacher, every(self.windows, WINDOWS), self.workers)
 
+    def gains(self, found: Replication) -> Rival:
+        """The branches that `found` runs again, scaled and not run again; folds into norms and scales."""
+        branches = {
+            (step.layer, name)
+            for step in found.steps
+            for name, part in (("attn", ATTENTION), ("ffn", FFN))
+            if step.number and step.parts & part
+        }
+        made = fit_gains(self.student, self.teacher, self.windows, branches, self.config, workers=self.workers)
+        return Rival("gains", 0, 0, made, tuple(f"blk.{layer} {name}" for layer, name in sorted(branches)))
+
     def low_rank(self, budget: int) -> Rival | None:
         """The correction that so many bytes buy, fitted; None where they buy no rank of any matrix."""
         found = {
@@ -139,6 +151,7 @@ class Rivals:
         """All rivals of these copies."""
         stored, read = stored_bytes(found), read_bytes(found, self.student.source)
         made = [
+            self.gains(found),
             self.low_rank(stored),
             self.more_bits(stored),
             self.more_bits(stored, "finer groups", finer=True),

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from rondel.converters.errors import RondelError
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
 from rondel.quant.alignment import align
@@ -56,9 +55,7 @@ def choose(
 
     Raises RondelError for layers that the model does not have.
     """
-    if config.candidates is not None and not set(config.candidates) <= set(range(student.layers)):
-        missing = min(set(config.candidates) - set(range(student.layers)))
-        raise RondelError(f"layer {missing} cannot have copies: the model has the layers 0 to {student.layers - 1}")
+    config.check(student.layers)
     with open_workers(workers) as crew:
         progress(0, 1, "screening the layers")
         log, promising = _screened(student, teacher, splits, config, crew)

@@ -80,3 +80,25 @@ def test_a_correction_instead_of_copies(folder: Path, tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert Path(told["correction"]).is_file()
     assert [row["name"] for row in told["compared"]] == ["teacher", "as it was", "tuned", "low rank"]
+
+
+def test_choosing_without_a_teacher_writes_none_with_a_note(folder: Path, tmp_path: Path) -> None:
+    done = rondel("replicate", folder / "q", "-o", tmp_path / "out", "--mode", "auto")
+    assert done.code == 0, done.stderr
+    assert "no layer is replicated" in done.stderr
+    assert (tmp_path / "out/manifest.json").is_file()
+
+
+def test_a_dry_run_tells_the_candidates(folder: Path, tmp_path: Path) -> None:
+    wanted = ("--layers", "0-1", "--parts", "ffn", "--mode", "parallel")
+    done = replicate(folder, tmp_path / "out", *wanted, "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["candidates"] == ["0:parallel:1:ffn", "1:parallel:1:ffn"]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", ["", "0,", "a", "0--1", "-1", "99999999999999-9"])
+def test_a_list_of_layers_that_is_none_is_refused(layers: str, folder: Path, tmp_path: Path) -> None:
+    done = replicate(folder, tmp_path / "out", f"--layers={layers}")
+    assert done.code == 1
+    assert "expected auto, or layers such as 0,3-5" in done.stderr

@@ -16,13 +16,16 @@ from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RegressionError, RondelError
 from rondel.converters.export import ExportConfig, export
 from rondel.converters.gguf_reader import GgufFile
-from rondel.converters.replication_keys import base_sha256
+from rondel.converters.replication import Replication
+from rondel.converters.replication_keys import base_sha256, replicated_layers
 from rondel.native import Model
 from rondel.quant import replication_trial
-from rondel.quant.judgement import split, token_losses
+from rondel.quant.choice_config import ChoiceConfig
+from rondel.quant.judgement import Losses, split, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
-from rondel.quant.replicate import NOT_FITTED, ReplicateConfig, replicate
+from rondel.quant.replicate import NOT_FITTED, ReplicateConfig, build_replication, plan, replicate
 from rondel.quant.replication_cost import copy_of_every_layer
+from rondel.quant.rivals import Rival, Rivals
 from rondel.quant.single_copy import Tuned
 from rondel.quant.student import Student
 from tests.tiny import tiny_model
@@ -196,7 +199,7 @@ def test_rivals_of_copies_are_measured_beside_them(
     made = replicate(quantized, tmp_path / "out", config, source, (text,))
     keys, result = made.manifest["replication"], made.stages[-1]["result"]
     rivals = {one["name"]: one for one in result["rivals"]}
-    assert set(rivals) == {"low rank", "more bits", "more bits, equal reads"}  # Q4_0 has no finer groups
+    assert set(rivals) == {"gains", "low rank", "more bits", "more bits, equal reads"}  # Q4_0 has no finer groups
     costs = result["costs"]
     width = source.numbers.width
     assert costs["bytes"] == 2 * (2 + 4 * width)
@@ -239,3 +242,69 @@ def test_a_correction_is_written_beside_the_tensors(
 def test_a_preference_for_corrections_needs_a_teacher(source: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(RondelError, match="--prefer low-rank"):
         replicate(source, tmp_path / "out", ReplicateConfig(prefer="low-rank"))
+
+
+def test_the_layer_that_runs_twice_is_found_and_written(
+    source: Checkpoint, teacher: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, layers=(), tune=False)
+    made = replicate(source, tmp_path / "out", config, teacher, (text,))
+    keys, result = made.manifest["replication"], made.stages[-1]["result"]
+    assert replicated_layers(keys) == [1]
+    assert keys[EVAL + "kl_repl"] < (1 - CLOSED) * keys[EVAL + "kl_base"]
+    assert result["choice"]["against_gains"]["high"] < 0
+    assert sum(entry["accepted"] for entry in result["log"]) == 1
+    assert {entry["plan"][0].split(":")[1] for entry in result["log"]} == {"serial", "parallel"}
+    (file,) = export(made, tmp_path / "m.gguf", ExportConfig())
+    assert Model(file).steps() == 4
+
+
+def test_none_is_the_tuned_single_copy(source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path) -> None:
+    chosen = replicate(quantized, tmp_path / "auto", TUNED, source, (text,))
+    tuned = replicate(quantized, tmp_path / "none", replace(TUNED, mode="none"), source, (text,))
+    assert "replication" not in chosen.manifest
+    assert "log" not in tuned.stages[-1]["result"]
+    assert any("no layer is replicated" in note for note in chosen.stages[-1]["result"]["notes"])
+    assert not any(entry["accepted"] for entry in chosen.stages[-1]["result"]["log"])
+    for name in tuned.names():
+        assert chosen.info(name).sha256 == tuned.info(name).sha256
+
+
+def test_chosen_copies_make_room_for_a_better_use_of_their_bytes(
+    source: Checkpoint, teacher: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, layers=(), tune=False)
+    perfect = build_replication(ReplicateConfig(("1:serial:1:0.5",)), source.numbers)
+
+    class Better(Rivals):
+        """One rival: the teacher's own path."""
+
+        def against(self, found: Replication) -> list[Rival]:
+            return [Rival("the teacher", 1, 1, {})]
+
+    run = replication_trial.Trial.losses
+
+    def losses(self: replication_trial.Trial, found: Replication | None = None, weights: object = None) -> Losses:
+        return run(self, perfect if weights == {} else found, weights)
+
+    monkeypatch.setattr(replication_trial, "Rivals", Better)
+    monkeypatch.setattr(replication_trial.Trial, "losses", losses)
+    left_out = replicate(source, tmp_path / "out", config, teacher, (text,))
+    assert "replication" not in left_out.manifest
+    result = left_out.stages[-1]["result"]
+    assert any("the teacher is better than the copies" in warning for warning in result["warnings"])
+    kept = replicate(source, tmp_path / "kept", replace(config, prefer="replicate"), teacher, (text,))
+    assert replicated_layers(kept.manifest["replication"]) == [1]
+
+
+def test_what_a_choice_cannot_be_is_refused(source: Checkpoint, text: Path, tmp_path: Path) -> None:
+    for config, sentence in (
+        (replace(CONFIG, mode="serial"), "--mode serial"),
+        (replace(TUNED, candidates=(3,)), "layer 3 cannot have copies"),
+    ):
+        with pytest.raises(RondelError, match=sentence):
+            replicate(source, tmp_path / "out", config, source, (text,))
+        with pytest.raises(RondelError, match=sentence):
+            plan(source, config, source, (text,))
+    assert len(plan(source, replace(TUNED, candidates=(0,), mode="serial"), source, (text,))["candidates"]) == 3
+    assert not any(tmp_path.iterdir())
