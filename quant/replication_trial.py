@@ -137,8 +137,15 @@ class Trial:
 
     def tune(self) -> None:
         """Put the tuned single copy in the place of the model, unless it is worse on the text that judges."""
-        self.progress(0, 1, "tuning the single copy")
-        found = single_copy.tune(self.model, self.student, self.teacher, self.splits, self.config, workers=self.workers)
+        found = single_copy.tune(
+            self.model,
+            self.student,
+            self.teacher,
+            self.splits,
+            self.config,
+            workers=self.workers,
+            progress=self.progress,
+        )
         self.told["tuning"] = dict(found.report)
         if not found.data:
             self.told["notes"].append(

@@ -20,7 +20,6 @@ from rondel.converters.replication import Replication
 from rondel.converters.replication_keys import base_sha256, replicated_layers
 from rondel.native import Model
 from rondel.quant import replication_trial
-from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.judgement import Losses, split, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import NOT_FITTED, ReplicateConfig, build_replication, plan, replicate
