@@ -115,7 +115,9 @@ def percent(share: float) -> str:
 
 def number(value: float | None) -> str:
     """A measured number, four digits of it; nothing where nothing was measured."""
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def count(total: int) -> str:

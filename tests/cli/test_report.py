@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rondel.cli.report import check_report, command, count, percent, render
+from rondel.cli.report import check_report, command, count, number, percent, render
 from rondel.converters.errors import RondelError
 from tests.cli.html_page import OUTSIDE, Page
 from tests.cli.program import rondel
@@ -136,3 +136,8 @@ def test_a_folder_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(RondelError, match="a file in a folder"):
         check_report(tmp_path / "report.html")
+
+
+def test_measured_numbers_have_four_digits_or_all_before_the_point() -> None:
+    told = [number(value) for value in (None, 0.0, -0.123456, 812.54, -12345.6, 1e-9, 2e12)]
+    assert told == ["", "0", "-0.1235", "812.5", "-12346", "1e-09", "2e+12"]
