@@ -20,11 +20,11 @@ from rondel.converters.family import (
     OUTPUT_NORM,
     ROPE_FACTORS,
     Family,
-    Hyperparameters,
     canonical_shapes,
     optional_shapes,
 )
 from rondel.converters.folder import MANIFEST, TensorFolder, read_manifest, read_tensor, sha256_of
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.manifest import digest_of
 from rondel.converters.rotation import GAINS, MATRICES, ORTHOGONAL, Rotation, matrix_name, site_size
 

@@ -21,13 +21,13 @@ from rondel.converters.family import (
     OUTPUT,
     ROPE_FACTORS,
     Family,
-    Hyperparameters,
     Linear,
     block_tensor,
     canonical_shapes,
     optional_shapes,
 )
 from rondel.converters.folder import FLOAT_FORMATS, TensorInfo, sha256_of
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.manifest import digest_of
 from rondel.converters.model_config import CONFIG, family_of, hyperparameters, read_config
 from rondel.converters.weights import Weights

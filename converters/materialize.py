@@ -15,7 +15,8 @@ import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import Hyperparameters, block_tensor
+from rondel.converters.family import block_tensor
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.outgoing import Outgoing
 from rondel.converters.replication import ATTENTION, FFN, Replication, Step
 from rondel.converters.replication_codec import decode_replication

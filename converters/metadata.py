@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.family import Family, Hyperparameters
+from rondel.converters.family import Family
 from rondel.converters.ggml_types import FILE_TYPES
 from rondel.converters.gguf_keys import (
     FORMAT_VERSION,
@@ -23,6 +23,7 @@ from rondel.converters.gguf_keys import (
     model_key,
 )
 from rondel.converters.gguf_writer import HASH_DIGITS, Value
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.rotation import Rotation
 from rondel.converters.side_files import read_json
 

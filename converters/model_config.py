@@ -9,7 +9,8 @@ from typing import Any
 from rondel.converters.config_fields import ConfigFields
 from rondel.converters.errors import RondelError
 from rondel.converters.families import FAMILIES
-from rondel.converters.family import Family, Hyperparameters
+from rondel.converters.family import Family
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.sparse_config import experts_of, latents_of
 
 CONFIG = "config.json"

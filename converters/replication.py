@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rondel.converters.errors import RondelError
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.replication_kinds import (
     KINDS,
     LOW_RANK,

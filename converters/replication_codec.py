@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rondel.converters.errors import RondelError
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.replication import VERSION, Replication, Step, check, mirror
 from rondel.converters.replication_kinds import KINDS, ParameterSet, kind_shape, kind_size
 

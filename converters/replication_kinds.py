@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 
 
 class Kind(NamedTuple):

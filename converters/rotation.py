@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.manifest import digest_of
 
 if TYPE_CHECKING:

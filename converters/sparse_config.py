@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rondel.converters.config_fields import ConfigFields
-from rondel.converters.family import Experts, Latents
+from rondel.converters.hyperparameters import Experts, Latents
 
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 METHODS = ("greedy", "group_limited_greedy", "noaux_tc")  # to choose experts; the last one by sigmoid and a bias

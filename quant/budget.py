@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rondel.converters.errors import RondelError
 from rondel.converters.gguf_writer import padded
 from rondel.native.formats import format_bytes
+from rondel.quant.fallbacks import is_tile
 from rondel.quant.importance import Importance
-from rondel.quant.mixtures import MIXTURES, is_tile, mixture_named
+from rondel.quant.mixtures import MIXTURES, mixture_named
 
 FLOAT_BYTES = 4  # norms, biases and RoPE factors stay F32
 # Formats below this share of the mean bits are not tried: the IQ1 types encode slowly. Up to four bits they are worth

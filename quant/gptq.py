@@ -7,9 +7,8 @@ matrix's outputs on the windows held out, the codes of plain rounding are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rondel.converters.checkpoint import Checkpoint
@@ -18,22 +17,20 @@ from rondel.converters.folder import read_tensor
 from rondel.converters.output import StageOutput
 from rondel.converters.stats import OUTPUT_IN
 from rondel.native.formats import Bytes, Floats, decode, encode, feeds_back
+from rondel.quant.contest import Contest
 from rondel.quant.factorization import Factor, factorize
 from rondel.quant.feedback import drawn_target, feed_back
 from rondel.quant.importance import Means
 from rondel.quant.rounding import (
     Rounded,
-    error_sums,
     float_rows,
     naming,
     round_matrix,
     row_pieces,
-    six_digits,
 )
 from rondel.quant.sequential import FEWEST_WINDOWS, FLOAT, QUANTIZED, Moments, SequentialRun
 from rondel.quant.workers import Workers
 
-FEEDBACK, PLAIN = "gptq", "imatrix"  # how the manifest names the two ways
 TOKENS_PER_CHANNEL = 20  # of a tied head: enough for its moments, and passing all the text twice takes long
 HIDDEN_STATES = (QUANTIZED, FLOAT)  # what lies in the output's folder while the stage runs
 
@@ -53,62 +50,12 @@ class Request:
     device: str = "cpu"
 
 
-@dataclass
-class _Sums:
-    """Sums of squares over a matrix: its own where nothing is rounded, else what the codes of one way miss."""
-
-    outputs: float = 0.0  # on the text held out
-    weighted: float = 0.0  # of the weights, by importance: what the report tells of every method
-    weights: float = 0.0
-    codes: list[Bytes] = field(default_factory=list)
-
-    def relative(self, whole: _Sums, *, looked_up: bool) -> float:
-        """Relative squared error of the outputs; of a matrix that is looked up too, the errors of both uses added."""
-        error = self.outputs / whole.outputs if whole.outputs > 0 else 0.0
-        return error + (self.weights / whole.weights if looked_up and whole.weights > 0 else 0.0)
-
-
 @dataclass(frozen=True)
 class _Learnt:
     """What feedback needs of a site."""
 
     factor: Factor
     drift: torch.Tensor | None  # of `drawn_target`
-
-
-class _Contest:
-    """The codes of one matrix by plain rounding and with feedback, piece by piece, and what they miss."""
-
-    def __init__(self, name: str, format: str, importance: Means | None, *, looked_up: bool) -> None:
-        self.name = name
-        self.format = format
-        self.importance = importance
-        self.looked_up = looked_up
-        self.whole, self.plain, self.fed_back = _Sums(), _Sums(), _Sums()
-
-    def add(self, values: Floats, plain: Bytes, fed_back: Bytes) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Take in the codes of some rows; returns the rows and both decoded."""
-        decoded = []
-        for sums, codes in ((self.plain, plain), (self.fed_back, fed_back)):
-            sums.codes.append(codes)
-            decoded.append(decode(self.format, codes, *values.shape))
-            weighted, whole = error_sums(values, decoded[-1], self.importance)
-            sums.weighted += weighted
-            if self.looked_up:
-                sums.weights += error_sums(values, decoded[-1], None)[0]
-        self.whole.weighted += whole
-        if self.looked_up:
-            self.whole.weights += float(np.square(values, dtype=np.float64).sum())
-        return torch.from_numpy(values), [torch.from_numpy(rows) for rows in decoded]
-
-    def decide(self) -> Rounded:
-        """The codes that miss less, and what the manifest tells of both."""
-        plain, fed_back = (sums.relative(self.whole, looked_up=self.looked_up) for sums in (self.plain, self.fed_back))
-        kept, method = (self.fed_back, FEEDBACK) if fed_back < plain else (self.plain, PLAIN)
-        error = kept.weighted / self.whole.weighted if self.whole.weighted > 0 else 0.0
-        held_out = {FEEDBACK: six_digits(fed_back), PLAIN: six_digits(plain)}
-        told = {"method": method, "held_out_error": held_out}
-        return Rounded(np.concatenate(kept.codes), error, self.importance is not None, told)
 
 
 class FeedbackRounding:
@@ -172,7 +119,7 @@ class FeedbackRounding:
         """Round the readers of a site both ways; each keeps the codes that miss less of the text held out."""
         request, learnt = self._request, None
         contests = {
-            name: _Contest(name, request.formats[name], request.means(name), looked_up=name == EMBEDDING)
+            name: Contest(name, request.formats[name], request.means(name), looked_up=name == EMBEDDING)
             for name in names
         }
         for rows in self._row_ranges(site, names[0]):
@@ -199,11 +146,11 @@ class FeedbackRounding:
             return iter([slice(None)])
         return row_pieces(*self._source.info(name).shape)
 
-    def _encode(self, contest: _Contest, first: int, values: Floats) -> Bytes:
+    def _encode(self, contest: Contest, first: int, values: Floats) -> Bytes:
         with naming(contest.name, first):
             return encode(contest.format, values, contest.importance, threads=self._workers.threads)
 
-    def _learn(self, run: SequentialRun, site: str, contests: Mapping[str, _Contest]) -> _Learnt:
+    def _learn(self, run: SequentialRun, site: str, contests: Mapping[str, Contest]) -> _Learnt:
         moments = run.moments(site)
         for contest in contests.values():
             if contest.looked_up:
@@ -229,7 +176,7 @@ class FeedbackRounding:
         both.diagonal().add_(1 / squares)
         return Moments(both, None)
 
-    def _feed_back(self, contest: _Contest, values: Floats, learnt: _Learnt) -> Bytes:
+    def _feed_back(self, contest: Contest, values: Floats, learnt: _Learnt) -> Bytes:
         weights = torch.from_numpy(values)
         target = None if learnt.drift is None else drawn_target(weights, learnt.factor, learnt.drift)
         with naming(contest.name):

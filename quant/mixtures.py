@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rondel.converters.errors import RondelError
-from rondel.converters.family import EMBEDDING, OUTPUT, Family, Hyperparameters
+from rondel.converters.family import EMBEDDING, OUTPUT, Family
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.native.formats import formats
+from rondel.quant.fallbacks import TERNARY, fitting, is_tile
 
 # The default format of every mixture by the name that llama.cpp gives it.
 MIXTURES = {
@@ -54,17 +56,9 @@ MIXTURES = {
 ONE_BIT = ("IQ1_S", "IQ1_M")
 UPPER_TWO = ("IQ2_S", "IQ2_M")
 LOW = (*ONE_BIT, "IQ2_XXS", "IQ2_XS", *UPPER_TWO)
-TERNARY = ("TQ1_0", "TQ2_0", "Q2_0")
 MIXTURE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 TILE_ALIASES = {"U2": "U2-128", "U4": "U4-128", "U8": "U8-128"}
 TILE_ENDS = {"U2": "Q6_K", "U4": "Q6_K", "U8": "Q8_0"}  # embedding and head beside tile formats
-
-# A row that is no multiple of the block: the format with a smaller block that stands in; then F16.
-FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-FALLBACKS |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
-FALLBACKS |= dict.fromkeys(TERNARY, "Q4_0")
-TILE_FALLBACKS = {"U2": "Q4_0", "U4": "Q4_0", "U8": "Q8_0"}  # after the smaller groups
-LAST_FALLBACK = "F16"
 
 
 def format_named(name: str) -> str:
@@ -85,23 +79,6 @@ def mixture_named(name: str) -> str:
         tiles = ", ".join(format for format in formats() if is_tile(format))
         raise RondelError(f"there is no type {name!r} to quantize to; expected one of {', '.join(MIXTURES)}, {tiles}")
     return upper
-
-
-def is_tile(format: str) -> bool:
-    """Whether a format is one of rondel's own, which llama.cpp cannot read."""
-    return format in formats() and formats()[format].tiled
-
-
-def fitting(format: str, cols: int) -> str:
-    """The format itself where a row of `cols` fits it, else what stands in for it."""
-    if cols % formats()[format].block == 0:
-        return format
-    bits, _, group = format.partition("-")
-    for smaller in ("128", "64") if is_tile(format) else ():
-        if int(smaller) < int(group) and cols % int(smaller) == 0:
-            return f"{bits}-{smaller}"
-    instead = TILE_FALLBACKS.get(bits) or FALLBACKS.get(format, LAST_FALLBACK)
-    return instead if cols % formats()[instead].block == 0 else LAST_FALLBACK
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

@@ -24,7 +24,8 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.stats import Stats
 from rondel.native.formats import format_bytes
 from rondel.quant import automatic, rescaling
-from rondel.quant.gptq import HIDDEN_STATES, PLAIN, FeedbackRounding, Request, Starting
+from rondel.quant.contest import PLAIN
+from rondel.quant.gptq import HIDDEN_STATES, FeedbackRounding, Request, Starting
 from rondel.quant.importance import Importance
 from rondel.quant.methods import AUTO, method_named
 from rondel.quant.mixtures import Choice

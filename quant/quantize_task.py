@@ -16,17 +16,10 @@ from rondel.converters.stats import OUTPUT_IN, Stats
 from rondel.native.formats import encode
 from rondel.quant import rescaling
 from rondel.quant.budget import Budget, budget_of, check_statistics
+from rondel.quant.fallbacks import is_tile
 from rondel.quant.importance import Importance, Means, check_importance, importance_of
 from rondel.quant.methods import Method, method_named
-from rondel.quant.mixtures import (
-    Choice,
-    Policy,
-    choose_formats,
-    format_named,
-    is_tile,
-    mixture_named,
-    model_of,
-)
+from rondel.quant.mixtures import Choice, Policy, choose_formats, format_named, mixture_named, model_of
 from rondel.quant.rescaled_view import RescaledView, Rescaling, rescaled_importance
 from rondel.quant.rounding import Encoder
 from rondel.quant.rtn import AffineEncoder, check_granularity

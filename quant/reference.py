@@ -11,7 +11,8 @@ from torch.nn.functional import linear, silu, softmax
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, Hyperparameters, block_tensor
+from rondel.converters.family import EMBEDDING, OUTPUT_NORM, ROPE_FACTORS, block_tensor
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.quant.hadamard import rotate_channels, rotate_channels_back
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rondel.converters.errors import RondelError
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.replication import (
     ATTENTION,
     BLOCK,

@@ -19,7 +19,8 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import OUTPUT, OUTPUT_NORM, Hyperparameters, block_tensor
+from rondel.converters.family import OUTPUT, OUTPUT_NORM, block_tensor
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.stats import OUTPUT_IN, Stats, site_tensor
 from rondel.quant.importance import Importance, site_of
 

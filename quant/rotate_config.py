@@ -7,7 +7,8 @@ from typing import Literal
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import OUTPUT, Hyperparameters
+from rondel.converters.family import OUTPUT
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.rotation import HADAMARD, Rotation, site_size
 from rondel.quant.hadamard import largest_block, pack_signs, random_signs, unpack_signs
 from rondel.quant.planes import plane_rotation

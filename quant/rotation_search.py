@@ -20,8 +20,9 @@ from rondel.converters.rotation import HADAMARD, MATRICES, ORTHOGONAL, Rotation,
 from rondel.converters.stats import Stats, site_tensor
 from rondel.native.formats import decode
 from rondel.quant import optrot, procrustes
+from rondel.quant.fallbacks import fitting
 from rondel.quant.hadamard import hadamard_plan
-from rondel.quant.mixtures import MIXTURES, fitting, mixture_named
+from rondel.quant.mixtures import MIXTURES, mixture_named
 from rondel.quant.optrot import Optimized
 from rondel.quant.orthogonal import DENSE_SITES, dense_matrix, random_orthogonal, with_matrix
 from rondel.quant.output_error import output_error, sampled

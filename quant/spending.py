@@ -18,9 +18,10 @@ from rondel.converters.stats import Stats
 from rondel.quant.allocation import Option, allocate
 from rondel.quant.budget import Account, Budget, Shapes, refuse, worth_trying
 from rondel.quant.candidates import Cost, candidates, column_weights, feedback_share, measure, uses_of
+from rondel.quant.fallbacks import fitting
 from rondel.quant.importance import Means, site_of
 from rondel.quant.methods import Method
-from rondel.quant.mixtures import Choice, Policy, choose_formats, fitting, forced_format, is_matrix, model_of
+from rondel.quant.mixtures import Choice, Policy, choose_formats, forced_format, is_matrix, model_of
 from rondel.quant.sensitivity import Sensitivity, measure_sensitivity
 from rondel.quant.workers import Workers
 

@@ -18,7 +18,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RondelError
-from rondel.converters.family import EMBEDDING, OUTPUT_NORM, Hyperparameters, block_tensor
+from rondel.converters.family import EMBEDDING, OUTPUT_NORM, block_tensor
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.replication import ATTENTION, FFN, MERGES, Replication, Step
 from rondel.converters.replication_codec import decode_replication
 from rondel.converters.replication_kinds import ACTIVATION_KINDS

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rondel.converters.errors import RondelError
-from rondel.converters.family import Hyperparameters
+from rondel.converters.hyperparameters import Hyperparameters
 from rondel.converters.replication import (
     ATTENTION,
     BLOCK,

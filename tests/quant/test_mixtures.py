@@ -13,13 +13,13 @@ from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.converters.export import ExportConfig, export
 from rondel.converters.metadata import file_type
+from rondel.quant.fallbacks import fitting
 from rondel.quant.mixtures import (
     MIXTURES,
     Choice,
     Model,
     Policy,
     choose_formats,
-    fitting,
     format_named,
     is_matrix,
     mixture_named,
