@@ -1,10 +1,14 @@
 """Measures the runtime's Hadamard transform: cycles an element by size, and what R4 adds to a decode step at 2 bits.
 
-Cycles are seconds times the clock, which a chain of additions shows; what another program takes of the same core counts
-too. The share of a decode step is a ratio of times taken in turn: the transform of one hidden row, and the three Q2_K
+Cycles are seconds times the clock, which a chain of additions shows. The instruction sets take turns, and the least time
+of many rounds counts: what another program took of the core or its caches in a round does not.
+In parentheses is what the additions alone would take on a core that begins two vectors of them in a cycle: a base of
+order m takes m / 4 + 3 an element (sums of four inputs, then one for every four), Sylvester's factor its log2. Orders
+from 68 up stay far from it: their sums lie in a cache, and every addition reads its address from a table.
+The share of a decode step is a ratio of times taken in turn: the transform of one hidden row, and the three Q2_K
 products of its layer.
 
-    python -m benchmarks.hadamard [--rounds 50] [--width 5120] [--hidden 25600] [--threads 1]
+    python -m benchmarks.hadamard [--rounds 400] [--width 5120] [--hidden 25600] [--threads 1]
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from math import inf, log2, prod
 from statistics import median
 from typing import Any
 
@@ -20,14 +25,20 @@ import numpy as np
 from rondel.native import instruction_set, instruction_sets, use_instruction_set
 from rondel.native.formats import matmul
 from rondel.native.library import check, check_handle, ffi, lib
+from rondel.quant.hadamard import hadamard_plan
 from tests.packed import random_packed
 
 POWERS = [2**k for k in range(6, 15)]
-# Hidden layers and blocks of them: (channels, block).
-HIDDENS = [(8960, 8960), (11008, 11008), (13824, 13824), (14336, 14336), (25600, 25600), (25600, 1024)]
-CHANNELS = (
-    4096  # of a timed call at least: small rows stay in the first-level cache, and a call costs little beside them
-)
+# Widths and hidden layers of models, of those that differ in powers of two alone one, and one in blocks.
+HIDDENS = [
+    *(
+        (n, n)
+        for n in (1536, 2560, 3584, 5632, 8960, 9728, 10944, 11008, 13824, 14336, 17408, 18432, 18944, 25600, 29568)
+    ),
+    (25600, 1024),
+]
+LANES = {"avx2": 8, "avx512": 16, "scalar": 1}
+CHANNELS = 4096  # of a timed call at least: small rows stay in the first cache, and a call costs little beside them
 
 
 class Transform:
@@ -49,13 +60,27 @@ def seconds(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
     return time.perf_counter() - start
 
 
-def cycles_of(size: int, block: int, rounds: int) -> float:
-    """Cycles an element: the least time, less that of a call without rows, times the fastest clock seen meanwhile."""
+def cycles_of(size: int, block: int, rounds: int, sets: list[str]) -> list[float]:
+    """Cycles an element: the least time of each set, less that of a call without rows, at the fastest clock seen."""
     transform = Transform(size, block)
     rows = np.random.default_rng(1).standard_normal((max(1, CHANNELS // size), size)).astype(np.float32)
-    times = [(seconds(transform, rows), seconds(transform, rows[:0]), lib.rondel_clock_rate()) for _ in range(rounds)]
-    spent, empty, _ = (min(column) for column in zip(*times, strict=True))
-    return (spent - empty) * max(clock for _, _, clock in times) / rows.size
+    spent, empty, clock = dict.fromkeys(sets, inf), inf, 0.0
+    for _ in range(rounds):
+        for isa in sets:
+            use_instruction_set(isa)
+            transform(rows)  # brings the code and the rows into the caches
+            spent[isa] = min(spent[isa], seconds(transform, rows))
+            empty = min(empty, seconds(transform, rows[:0]))
+        clock = max(clock, lib.rondel_clock_rate())
+    return [(spent[isa] - empty) * clock / rows.size for isa in sets]
+
+
+def bound_of(block: int, isa: str) -> float:
+    """Cycles of the additions alone, two vectors a cycle."""
+    plan = hadamard_plan(block)
+    assert plan is not None
+    additions = sum(order / 4 + 3 for order in plan.bases) + log2(block // prod(plan.bases))
+    return additions / (2 * LANES[isa])
 
 
 def print_cycles(rounds: int) -> None:
@@ -64,10 +89,8 @@ def print_cycles(rounds: int) -> None:
     print("| channels | block |" + "".join(f" {isa} |" for isa in fast))
     print("|---:|---:|" + "---:|" * len(fast))
     for size, block in [*((size, size) for size in POWERS), *HIDDENS]:
-        cells = []
-        for isa in fast:
-            use_instruction_set(isa)
-            cells.append(f" {cycles_of(size, block, rounds):.2f} |")
+        cycles = zip(fast, cycles_of(size, block, rounds, fast), strict=True)
+        cells = (f" {measured:.2f} ({bound_of(block, isa):.2f}) |" for isa, measured in cycles)
         print(f"| {size} | {block} |{''.join(cells)}", flush=True)
     use_instruction_set(before)
 
@@ -98,13 +121,13 @@ def print_share(width: int, hidden: int, rounds: int, threads: int) -> None:
 def main() -> None:
     """Print both."""
     parser = argparse.ArgumentParser(description="The Hadamard transform's cycles, and its share of a decode step.")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--width", type=int, default=5120)
     parser.add_argument("--hidden", type=int, default=25600)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     print_cycles(arguments.rounds)
-    print_share(arguments.width, arguments.hidden, max(arguments.rounds // 5, 3), arguments.threads)
+    print_share(arguments.width, arguments.hidden, max(arguments.rounds // 40, 3), arguments.threads)
 
 
 if __name__ == "__main__":

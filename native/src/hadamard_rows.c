@@ -50,7 +50,7 @@ static int base_init(struct signed_sums *base, int order, int64_t inner, int tra
             float four[4];
             for (int k = 0; k < 4; k++) four[k] = matrix[transposed ? (j + k) * order + i : i * order + j + k];
             int choice = choice_of(four) + SUM_MINUS * (four[0] != signs[i]);
-            terms[(i * order + j) / 4] = (uint16_t)(16 * (16 * (j / 4 % SUM_GROUPS) + choice));
+            terms[signed_sums_at(order, i, j / 4)] = (uint16_t)(16 * (16 * (j / 4 % SUM_GROUPS) + choice));
         }
     }
     free(matrix);

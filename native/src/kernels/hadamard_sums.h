@@ -2,17 +2,15 @@
  * four inputs take 12 additions, then a row takes one a group: order / 4 + 3 additions an element. Bases of the common sizes are
  * written out, so that a term is one instruction; the others follow the table of terms. */
 
-/* Elements of a row whose residues modulo q are squares, as bits: the rows of Paley's matrices turn them round. */
-enum { SQUARES_11 = 0x23a, SQUARES_13 = 0x161a, SQUARES_19 = 0x30af2 };
-
 enum { TILE = 32 / LANES }; /* vectors of columns that share the address of a term */
 
 #define UNROLL _Pragma("GCC unroll 64")
 
-/* Is M[i][j] = -1? As hadamard_base fills them; known where this is compiled. */
+/* Is M[i][j] = -1? As hadamard_base fills the orders that are written out; known where this is compiled. */
 INLINE int is_minus(int order, int i, int j) {
+    const uint64_t squares_11 = 0x23a, squares_13 = 0x161a, squares_19 = 0x30af2, squares_43 = 0x35883a3ee52; /* as bits */
+    uint64_t squares = order == 12 ? squares_11 : order == 20 ? squares_19 : order == 28 ? squares_13 : squares_43;
     int q = order == 28 ? 13 : order - 1;
-    int squares = order == 12 ? SQUARES_11 : order == 20 ? SQUARES_19 : SQUARES_13;
     int row = order == 28 ? i / 2 : i, col = order == 28 ? j / 2 : j;
     int core = row == 0 || col == 0 || squares >> (row - col + q) % q & 1; /* +1 beside the diagonal */
     if (order == 28) return row == col ? i % 2 || j % 2 : (i % 2 && j % 2) == core;
@@ -34,7 +32,7 @@ INLINE void combine(lanes a, lanes b, lanes c, lanes d, lanes sums[8]) {
 
 /* One vector of columns of a base that is known where this is compiled. */
 INLINE void known_column(int order, int64_t inner, const float *x, float *y, float scale, int transposed) {
-    lanes sums[7][8];
+    lanes sums[11][8];
     UNROLL for (int g = 0; g < order / 4; g++) {
         const float *four = x + 4 * g * inner;
         combine(load(four), load(four + inner), load(four + 2 * inner), load(four + 3 * inner), sums[g]);
@@ -69,6 +67,8 @@ KNOWN_BASE(base_12_transposed, 12, 1)
 KNOWN_BASE(base_20, 20, 0)
 KNOWN_BASE(base_20_transposed, 20, 1)
 KNOWN_BASE(base_28, 28, 0) /* symmetric */
+KNOWN_BASE(base_44, 44, 0)
+KNOWN_BASE(base_44_transposed, 44, 1)
 
 /* All sums of some groups for a tile of columns, negated ones too: a term is then one addition whatever its sign. */
 INLINE void fill_sums(int groups, int64_t inner, const float *x, float *sums, int vectors) {
@@ -88,8 +88,8 @@ INLINE void fill_sums(int groups, int64_t inner, const float *x, float *sums, in
 INLINE void add_terms(const struct signed_sums *base, int first, int groups, const float *sums, float *y, float scale,
                       int vectors) {
     int all = base->order / 4, last = first + groups == all;
-    const uint16_t *terms = base->terms + first;
-    for (int row = 0; row < base->order; row++, terms += all, y += base->inner) {
+    const uint16_t *terms = base->terms + first * base->order;
+    for (int row = 0; row < base->order; row++, terms += groups, y += base->inner) {
         lanes sum[TILE];
         for (int v = 0; v < vectors; v++) sum[v] = first ? load(y + v * LANES) : spread(0);
         UNROLL for (int g = 0; g < groups; g++) {
@@ -147,6 +147,7 @@ static void wide_sums(const struct signed_sums *base, int64_t count, const float
         if (base->order == 12) (base->transposed ? base_12_transposed : base_12)(inner, x, y, scale);
         else if (base->order == 20) (base->transposed ? base_20_transposed : base_20)(inner, x, y, scale);
         else if (base->order == 28) base_28(inner, x, y, scale);
+        else if (base->order == 44) (base->transposed ? base_44_transposed : base_44)(inner, x, y, scale);
         else any_base(base, x, y, scale);
     }
 }

@@ -9,11 +9,19 @@
 struct signed_sums {
     int order, transposed; /* a multiple of 4; of hadamard_base(order) */
     int64_t inner;
-    const uint16_t *terms; /* (order, order / 4): 16 (16 (group mod SUM_GROUPS) + choice); bits of a choice: SUM_* */
+    /* Of SUM_GROUPS groups after the other, (order, as many groups): 16 (16 (group mod SUM_GROUPS) + choice); bits of a
+     * choice: SUM_*. */
+    const uint16_t *terms;
     const float *signs;    /* (order): of the row's first column; its terms are those of the row times that */
 };
 enum { SUM_B = 4, SUM_D = 2, SUM_CD = 1, SUM_MINUS = 8 }; /* - before b, before d, before (c +- d), before the whole sum */
 enum { SUM_GROUPS = 8 };                                  /* their sums for a tile of columns fit a first-level cache */
+
+/* Where among the terms. */
+static inline int signed_sums_at(int order, int row, int group) {
+    int first = group / SUM_GROUPS * SUM_GROUPS, rest = order / 4 - first;
+    return first * order + row * (rest < SUM_GROUPS ? rest : SUM_GROUPS) + group - first;
+}
 
 struct kernels {
     const char *name;

@@ -25,15 +25,16 @@ static float sum_of_four(const float *x, int64_t inner, int choice) {
 
 enum { SUMS = 32 }; /* in registers while a group after the other is added */
 
-static void row_sums(const uint16_t *terms, int groups, const float *x, int64_t inner, float *y, float scale) {
-    for (int64_t first = 0; first < inner; first += SUMS) {
-        int many = (int)(first + SUMS < inner ? SUMS : inner - first);
+static void row_sums(const struct signed_sums *base, int row, const float *x, float *y, float scale) {
+    int groups = base->order / 4;
+    for (int64_t first = 0; first < base->inner; first += SUMS) {
+        int many = (int)(first + SUMS < base->inner ? SUMS : base->inner - first);
         float sums[SUMS] = {0};
         for (int g = 0; g < groups; g++) {
-            int choice = terms[g] / 16 % 16;
-            const float *four = x + 4 * g * inner + first;
+            int choice = base->terms[signed_sums_at(base->order, row, g)] / 16 % 16;
+            const float *four = x + 4 * g * base->inner + first;
             for (int i = 0; i < many; i++) {
-                float term = sum_of_four(four + i, inner, choice);
+                float term = sum_of_four(four + i, base->inner, choice);
                 sums[i] = g == 0 ? term : choice & SUM_MINUS ? sums[i] - term : sums[i] + term;
             }
         }
@@ -43,8 +44,7 @@ static void row_sums(const uint16_t *terms, int groups, const float *x, int64_t 
 
 void scalar_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale) {
     int64_t chunk = base->order * base->inner;
-    int groups = base->order / 4;
     for (; count > 0; count--, x += chunk, y += chunk)
         for (int row = 0; row < base->order; row++)
-            row_sums(base->terms + row * groups, groups, x, base->inner, y + row * base->inner, scale * base->signs[row]);
+            row_sums(base, row, x, y + row * base->inner, scale * base->signs[row]);
 }
