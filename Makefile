@@ -10,7 +10,7 @@ DEMO   ?= demo
 ROUNDS ?= 20
 WINDOWS ?= 16
 
-.PHONY: install install-peer native test demo bench-quality bench-rotation bench-encoders bench-hadamard lint format typecheck wheel-check fuzz clean
+.PHONY: install install-peer native test demo bench-quality bench-rotation bench-replication bench-encoders bench-hadamard lint format typecheck wheel-check fuzz clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ bench-quality: install-peer
 # Rotations of every kind beside scales and nothing, by type and method; writes README's table. Long.
 bench-rotation: install-peer
 	$(BIN)/python benchmarks/rotation.py --windows $(WINDOWS) --write-readme
+
+# Copies of a layer beside other uses of their bytes; writes README's table. Long.
+bench-replication: install-peer
+	$(BIN)/python benchmarks/replication.py --write-readme
 
 lint: install
 	$(BIN)/ruff check .
