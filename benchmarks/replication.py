@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,8 @@ TYPES = ("Q2_K", "IQ2_XXS")
 STEPS = 60  # of every fit: the whole table in half an hour of a small model
 TOKENS = 131072  # of the calibration text: half to fit on, a quarter to choose, a quarter to decide
 WINDOWS = 66  # of each text, judged: more than 32768 predictions at 512 tokens
+PIECE = 8  # windows that one worker judges at once
+REMEMBERED = 4 << 30  # bytes of the float model's logits, which every row is compared with
 SEED = 0
 BATCH = 4  # windows a step, as everywhere
 
@@ -120,8 +123,8 @@ def on_layer(plan: CopyPlan, layer: int, config: ChoiceConfig, fitted: Replicati
 class Table:
     """The rows of one type, each judged on every text and compared with an earlier row, token by token."""
 
-    def __init__(self, texts: dict[str, torch.Tensor], teacher: Student) -> None:
-        self.texts, self.teacher = texts, RememberedTeacher(teacher)
+    def __init__(self, texts: dict[str, torch.Tensor], teacher: Student, workers: Workers) -> None:
+        self.texts, self.teacher, self.workers = texts, RememberedTeacher(teacher, REMEMBERED), workers
         self.rows: list[dict[str, Any]] = []
         self._losses: dict[str, dict[str, Losses]] = {}
 
@@ -144,7 +147,7 @@ class Table:
         row |= {"note": note, "against": against, "texts": {}}
         self._losses[name] = {}
         for text, windows in self.texts.items():
-            losses = self._losses[name][text] = token_losses(student, self.teacher, windows, path, weights=weights)
+            losses = self._losses[name][text] = self._measure(student, windows, path, weights)
             row["texts"][text] = losses.told()
             if against:
                 base = self._losses[against][text]
@@ -152,6 +155,13 @@ class Table:
                 row["texts"][text] |= {f"{key}_change": verdict.told() for key, verdict in changes.items()}
         self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def _measure(self, student: Student, windows: torch.Tensor, path: Replication, weights: Any) -> Losses:
+        def some(piece: torch.Tensor) -> Losses:
+            return token_losses(student, self.teacher, piece, path, weights=weights)
+
+        found = list(self.workers.map(some, windows.split(PIECE)))
+        return Losses(np.concatenate([one.nll for one in found]), np.concatenate([one.kl for one in found]))
 
     def leave_out(self, name: str, why: str) -> None:
         """A row without numbers."""
@@ -177,7 +187,7 @@ def measured(case: Case, texts: Sequence[Path], type_: str, options: argparse.Na
     judged = {text.name: _windows(source, text, context, options.windows) for text in texts}
     with Workers(options.threads) as workers:
         trial = Trial(source, teacher, seen, config, workers=workers, progress=_progress)
-        rows = Table(judged, trial.teacher)
+        rows = Table(judged, trial.teacher, workers)
         rows.judge("T", trial.teacher, None)
         rows.judge("B0", trial.student, None)
         trial.tune()

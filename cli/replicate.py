@@ -21,6 +21,8 @@ from rondel.cli.options import (
     TargetOption,
     ThreadsOption,
 )
+from rondel.cli.replication_page import facts, render
+from rondel.cli.report import check_report, write_report
 from rondel.converters.errors import RondelError
 
 Cache = Literal["own", "shared"]
@@ -128,6 +130,14 @@ PreferOption = Annotated[
         "as a LoRA file that llama.cpp adds.",
     ),
 ]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html|FILE.json",
+        help="Write a page that draws loss against compute and bytes for every candidate, or the facts behind it.",
+    ),
+]
 AllowOption = Annotated[
     bool,
     typer.Option("--allow-regression", help="Write copies that make the model worse; the file says so. Else: exit 3."),
@@ -162,6 +172,7 @@ def replicate(
     prefer: PreferOption = "none",
     allow_regression: AllowOption = False,
     strict: StrictOption = False,
+    report: ReportOption = None,
     seed: SeedOption = 0,
     target: TargetOption = None,
     threads: ThreadsOption = None,
@@ -183,10 +194,13 @@ def replicate(
     Example:
 
     \b
-      rondel replicate quantized/ --teacher MODEL --text mine.txt -o tuned/
+      rondel replicate quantized/ --teacher MODEL --text mine.txt --mode none -o tuned/
       rondel replicate quantized/ --teacher MODEL --text mine.txt --layer 2:serial:1 -o replicated/
+      rondel replicate quantized/ --teacher MODEL --text mine.txt --report copies.html -o replicated/
       rondel replicate quantized/ --layer 1:parallel:2:mean -o replicated/
     """
+    if report:
+        check_report(report, dry_run=dry_run)
     from rondel.converters.checkpoint import open_checkpoint
     from rondel.quant import replicate as stage
 
@@ -222,6 +236,8 @@ def replicate(
         made = stage.replicate(
             source, output, config, judge, text or (), threads=threads, device=device, force=force, progress=progress
         )
+    if report:
+        write_report(report, facts(made.manifest), render)
     result = made.stages[-1]["result"]
     if not quiet:
         for note in result["notes"]:

@@ -190,6 +190,8 @@ class Trial:
         self.told["log"] = found.log
         verdicts = {"against_base": found.verdict, "against_gains": found.control}
         self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
+        if found.base:
+            self.told["choice"]["base"] = found.base
         if found.replication is None:
             fitted = sum(entry["kl"] is not None for entry in found.log)
             self.told["notes"].append(

@@ -54,7 +54,7 @@ def test_the_readme_keeps_what_is_around_the_tables(tmp_path: Path, monkeypatch:
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"before\n{start}new\n{end}behind\n"
 
 
-@pytest.mark.parametrize("name", ["quality", "rotation"])
+@pytest.mark.parametrize("name", ["quality", "rotation", "replication"])
 def test_the_readme_has_the_markers(name: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     start, end = command.markers(name)
