@@ -1,7 +1,7 @@
 """Measures the runtime's Hadamard transform: cycles an element by size, and what R4 adds to a decode step at 2 bits.
 
-Cycles are seconds times the clock, which a chain of additions shows. The instruction sets take turns, and the least time
-of many rounds counts: what another program took of the core or its caches in a round does not.
+Cycles are seconds times the clock, which a chain of additions shows. The instruction sets take turns, and the least
+time of many rounds counts: what another program took of the core or its caches in a round does not.
 In parentheses is what the additions alone would take on a core that begins two vectors of them in a cycle: a base of
 order m takes m / 4 + 3 an element (sums of four inputs, then one for every four), Sylvester's factor its log2. Orders
 from 68 up stay far from it: their sums lie in a cache, and every addition reads its address from a table.

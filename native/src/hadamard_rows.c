@@ -83,12 +83,13 @@ rondel_hadamard *hadamard_new(int64_t size, int64_t block, const uint8_t *signs,
     return made;
 }
 
-/* The bases from `level` in, and Sylvester's factor, of `count` chunks at x, whose signs begin at bit `first`. A base reads
- * one of x and scratch and writes the other, so that the outermost writes x. */
-static void transform_chunks(const rondel_hadamard *hadamard, int level, int64_t count, float *x, float *scratch,
+/* The bases from `level` in, and Sylvester's factor, of `count` chunks at x, whose signs begin at bit `first`, to `to`: one
+ * of x and scratch, `other` being the other. What can stay in its place does: half as much goes through the caches. */
+static void transform_chunks(const rondel_hadamard *hadamard, int level, int64_t count, float *x, float *to, float *other,
                              int64_t first) {
     const struct signed_sums *base = &hadamard->bases[level];
-    float *from = level % 2 == 0 ? scratch : x, *to = level % 2 == 0 ? x : scratch;
+    int in_place = signed_sums_in_place(base);
+    float *from = in_place ? to : other, *rest = in_place ? other : to;
     int64_t inner = base->inner, chunks = count * base->order;
     if (level + 1 == hadamard->count)
         kernels_current()->sylvester(x, from, chunks * inner / hadamard->sylvester, hadamard->sylvester,
@@ -96,7 +97,7 @@ static void transform_chunks(const rondel_hadamard *hadamard, int level, int64_t
     else
         for (int64_t i = 0, many = inner < CACHED ? CACHED / inner : 1; i < chunks; i += many)
             transform_chunks(hadamard, level + 1, many < chunks - i ? many : chunks - i, x + i * inner,
-                             scratch + i * inner, first + i * inner);
+                             from + i * inner, rest + i * inner, first + i * inner);
     kernels_current()->signed_sums(base, count, from, to, level == 0 ? hadamard->scale : 1.0f);
 }
 
@@ -106,7 +107,8 @@ static void transform(const rondel_hadamard *hadamard, float *x, float *scratch)
     if (hadamard->count == 0) kernels_current()->sylvester(x, x, blocks, block, signs, 0, hadamard->scale);
     else
         for (int64_t i = 0; i < blocks; i += many)
-            transform_chunks(hadamard, 0, many < blocks - i ? many : blocks - i, x + i * block, scratch, i * block);
+            transform_chunks(hadamard, 0, many < blocks - i ? many : blocks - i, x + i * block, x + i * block, scratch,
+                             i * block);
 }
 
 static void apply_signs(const rondel_hadamard *hadamard, float *x) {

@@ -17,6 +17,11 @@ struct signed_sums {
 enum { SUM_B = 4, SUM_D = 2, SUM_CD = 1, SUM_MINUS = 8 }; /* - before b, before d, before (c +- d), before the whole sum */
 enum { SUM_GROUPS = 8 };                                  /* their sums for a tile of columns fit a first-level cache */
 
+/* Do the kernels read all of a column before they write it, and no column twice? Then y may be x. */
+static inline int signed_sums_in_place(const struct signed_sums *base) {
+    return (base->order == 12 || base->order == 20 || base->order == 28 || base->order == 44) && base->inner % 16 == 0;
+}
+
 /* Where among the terms. */
 static inline int signed_sums_at(int order, int row, int group) {
     int first = group / SUM_GROUPS * SUM_GROUPS, rest = order / 4 - first;
@@ -40,7 +45,8 @@ struct kernels {
     /* `count` Sylvester matrices of order `length`, side by side, times signs: y <- scale H (s o x); y may be x. Bit `first` of
      * `signs` (least significant first, 1 = minus) belongs to x[0]; 3 bytes past the last must be readable; NULL: all plus. */
     void (*sylvester)(const float *x, float *y, int64_t count, int64_t length, const uint8_t *signs, int64_t first, float scale);
-    /* Another factor of a Hadamard matrix: y <- scale M x, M acting on the middle axis of (count, order, inner); y not x. */
+    /* Another factor of a Hadamard matrix: y <- scale M x, M acting on the middle axis of (count, order, inner); y is x
+     * only where signed_sums_in_place. */
     void (*signed_sums)(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale);
     void (*swiglu)(float *gate, const float *up, int64_t n); /* gate <- silu(gate) o up */
     /* `pairs` pairs (a, b), neighbours `step` apart: a, b <- a cos - b sin, a sin + b cos. */

@@ -23,28 +23,27 @@ static float sum_of_four(const float *x, int64_t inner, int choice) {
     return choice & SUM_CD ? ab - cd : ab + cd;
 }
 
-enum { SUMS = 32 }; /* in registers while a group after the other is added */
+enum { SUMS = 32, ORDER = 256 }; /* columns whose sums are in registers; the largest order */
 
-static void row_sums(const struct signed_sums *base, int row, const float *x, float *y, float scale) {
-    int groups = base->order / 4;
-    for (int64_t first = 0; first < base->inner; first += SUMS) {
-        int many = (int)(first + SUMS < base->inner ? SUMS : base->inner - first);
-        float sums[SUMS] = {0};
-        for (int g = 0; g < groups; g++) {
-            int choice = base->terms[signed_sums_at(base->order, row, g)] / 16 % 16;
-            const float *four = x + 4 * g * base->inner + first;
-            for (int i = 0; i < many; i++) {
-                float term = sum_of_four(four + i, base->inner, choice);
-                sums[i] = g == 0 ? term : choice & SUM_MINUS ? sums[i] - term : sums[i] + term;
-            }
+static void row_sums(const struct signed_sums *base, int row, const float *x, int many, float sums[SUMS]) {
+    for (int g = 0; g < base->order / 4; g++) {
+        int choice = base->terms[signed_sums_at(base->order, row, g)] / 16 % 16;
+        for (int i = 0; i < many; i++) {
+            float term = sum_of_four(x + 4 * g * base->inner + i, base->inner, choice);
+            sums[i] = g == 0 ? term : choice & SUM_MINUS ? sums[i] - term : sums[i] + term;
         }
-        for (int i = 0; i < many; i++) y[first + i] = sums[i] * scale;
     }
 }
 
+/* All rows of some columns before any is written: y may be x. */
 void scalar_signed_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale) {
-    int64_t chunk = base->order * base->inner;
+    int64_t inner = base->inner, chunk = base->order * inner;
+    float sums[ORDER][SUMS];
     for (; count > 0; count--, x += chunk, y += chunk)
-        for (int row = 0; row < base->order; row++)
-            row_sums(base, row, x, y + row * base->inner, scale * base->signs[row]);
+        for (int64_t first = 0; first < inner; first += SUMS) {
+            int many = (int)(first + SUMS < inner ? SUMS : inner - first);
+            for (int row = 0; row < base->order; row++) row_sums(base, row, x + first, many, sums[row]);
+            for (int row = 0; row < base->order; row++)
+                for (int i = 0; i < many; i++) y[row * inner + first + i] = sums[row][i] * (scale * base->signs[row]);
+        }
 }
