@@ -15,7 +15,6 @@ import torch
 from rondel.converters.errors import RondelError
 from rondel.quant.alignment import Alignment
 from rondel.quant.descent import divergence
-from rondel.quant.judgement import DELTA
 from rondel.quant.reference import rms_norm
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
@@ -27,7 +26,6 @@ RIDGE = 1e-3  # of a branch's energy
 RIVAL_RIDGES = (1e-3, 0.1)  # of its inputs' mean energy; few tokens need much, and the rival gets the better one
 SHARPER = 1.5  # the gain of parallel queries: at one, a parallel attention adds what its layer adds already
 SMALLEST_SHARE = 0.005  # of a layer's error, that a copy must explain beyond gains
-SMALLEST_PROMISE = DELTA / 4  # nats a token: promises were kept within a factor of two
 
 PARTS = ("block", "attn", "ffn")
 MODES = ("serial", "parallel")
@@ -43,11 +41,12 @@ class Screened:
     gains: float  # share of the layer's error that gains and a bias explain, on held-out tokens
     copy: float  # what the copy explains beyond them
     low_rank: float  # what a low-rank term of the copy's bytes explains beyond them
-    error: float  # nats a token that the layer's whole error costs
+    error: float  # nats a token that are won if this layer makes what it should; below 0 where others make up for it
 
     @property
     def promise(self) -> float:
-        """Nats a token that the copy may win: its share of what the layer's error costs."""
+        """Nats a token that the copy may win: its share of what the layer's error costs. It orders, and rejects nothing:
+        layers that were tuned make up for each other, and none of them alone costs anything then."""
         return self.copy * max(self.error, 0.0)
 
     def failure(self) -> str | None:
@@ -57,8 +56,6 @@ class Screened:
                 f"explains {self.copy:.4f} of the layer's error beyond gains; worth a fit above {SMALLEST_SHARE} and "
                 f"what low rank of its bytes explains, {self.low_rank:.4f}"
             )
-        if self.promise <= SMALLEST_PROMISE:
-            return f"promises {self.promise:.5f} nats a token, worth a fit above {SMALLEST_PROMISE}"
         return None
 
     def told(self) -> dict[str, float]:

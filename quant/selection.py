@@ -104,7 +104,7 @@ def _screened(
         best.append(taken[0])
         better = f"{taken[0].mode} {taken[0].parts} promises the layer more, or as much for less"
         log += [log_entry(plan, "screen", screened=one, why=better) for one, plan in good[layer] if one is not taken[0]]
-    return log, sorted(best, key=lambda one: -one.promise)
+    return log, sorted(best, key=lambda one: (-one.promise, -one.copy))
 
 
 def _forward(
