@@ -45,8 +45,10 @@ class Screened:
 
     @property
     def promise(self) -> float:
-        """Nats a token that the copy may win: its share of what the layer's error costs. It orders, and rejects nothing:
-        layers that were tuned make up for each other, and none of them alone costs anything then."""
+        """Nats a token that the copy may win: its share of what the layer's error costs. It orders and rejects nothing.
+
+        Layers that were tuned make up for each other, and none of them alone costs anything then.
+        """
         return self.copy * max(self.error, 0.0)
 
     def failure(self) -> str | None:
