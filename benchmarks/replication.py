@@ -10,7 +10,7 @@
 All are fitted by as many steps, on the same text. R is the copy that screening puts first, whether or not `rondel
 replicate` would keep it; the table says so.
 
-    python benchmarks/replication.py --types Q2_K --steps 60
+    python benchmarks/replication.py --types Q2_K --steps 150
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from rondel.quant.student import Student, base_path  # noqa: E402
 from rondel.quant.workers import Workers  # noqa: E402
 
 TYPES = ("Q2_K", "IQ2_XXS")
-STEPS = 60  # of every fit: the whole table in half an hour of a small model
+STEPS = 40  # of every fit: the whole table in half an hour of two cores, for a small model
 TOKENS = 131072  # of the calibration text: half to fit on, a quarter to choose, a quarter to decide
 WINDOWS = 66  # of each text, judged: more than 32768 predictions at 512 tokens
 PIECE = 8  # windows that one worker judges at once
