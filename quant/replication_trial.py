@@ -28,6 +28,7 @@ from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
 from rondel.quant.rivals import Rival, Rivals
 from rondel.quant.student import Student, base_path
+from rondel.quant.tuned_or_copied import copies_instead_of_tuning
 from rondel.quant.workers import Workers
 
 CONTEXT = 512  # tokens of a window, where the model has as many
@@ -123,6 +124,7 @@ class Trial:
         self._remembered = RememberedTeacher(self.teacher)
         self.told: dict[str, Any] = {"losses": {}, "bytes": model_bytes(source), "notes": [], "warnings": []}
         self.base = self._note_losses("input", self.losses())
+        self._input = self.model, self.student, self.base
         self.copies: Losses | None = None
         self._note_losses("teacher", token_losses(self.teacher, self._remembered, self.splits.confirm))
 
@@ -181,21 +183,41 @@ class Trial:
         sets = fit_copies(self.student, self.teacher, self.splits.fit, found, None, self.config, workers=self.workers)
         return replace(found, sets=tuple({kind: np.asarray(values) for kind, values in one.items()} for one in sets))
 
-    def choose(self) -> Replication | None:
-        """Copies that surely help, fitted; None, and a note, where there are no such copies."""
+    def look(self) -> selection.Choice:
+        """The automatic choice of copies on the single copy as it is now."""
         config = ChoiceConfig.of(self.config)
-        found = selection.choose(
+        return selection.choose(
             self.student, self.teacher, self.splits, config, workers=self.workers, progress=self.progress
         )
-        self.told["log"] = found.log
+
+    def choose(self, before: selection.Choice | None = None) -> Replication | None:
+        """Copies that surely help, fitted; None, and a note, where there are no such copies.
+
+        `before`: what was chosen before the tuning, which is taken back where that is the better way.
+        """
+        untuned = self.model is self._input[0]
+        found = before if before and untuned else self.look()
+        log = [{**entry, "tuned": not untuned} for entry in found.log]
         verdicts = {"against_base": found.verdict, "against_gains": found.control}
+        if before and not untuned:
+            log = [*({**entry, "tuned": False} for entry in before.log), *log]
+            ways = (self._input[1], before), (self.student, found)
+            instead = copies_instead_of_tuning(*ways, self._remembered, self.splits, self.config.seed)
+            if instead:
+                self.model, self.student, self.base = self._input
+                found = before
+                verdicts = {"against_base": found.verdict, "against_gains": found.control, "against_tuned": instead}
+                self.told["tuning"]["kept"] = False
+                self.told["notes"].append(
+                    "the single copy stays as it came, because copies of it come nearer to the teacher than tuning; "
+                    f"against the tuned single copy, {_changed('they', instead)}"
+                )
+        self.told["log"] = log
         self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
-        if found.base:
-            self.told["choice"]["base"] = found.base
         if found.replication is None:
-            fitted = sum(entry["kl"] is not None for entry in found.log)
+            fitted = sum(entry["kl"] is not None for entry in log)
             self.told["notes"].append(
-                f"no layer is replicated: of {len(found.log)} candidates, {fitted} of them fitted, none is surely "
+                f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely "
                 f"better than the model without copies by {DELTA:g} nats a token, and than gains that cost nothing"
             )
         return found.replication
@@ -319,9 +341,11 @@ def decide(
     """
     with Workers(threads) as workers:
         trial = Trial(source, teacher, text, config, workers=workers, device=device, progress=progress)
+        choosing = plan is None and config.mode != "none"
+        before = trial.look() if choosing and config.tune is not False else None
         if config.tune is not False:
             trial.tune()
-        found = trial.fit(plan) if plan else trial.choose() if config.mode != "none" else None
+        found = trial.fit(plan) if plan else trial.choose(before) if choosing else None
         if found:
             found, better = trial.compare(trial.judge(found))
             trial.told["warnings"] += [_beaten(row, found) for row in better]
