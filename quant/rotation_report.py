@@ -49,17 +49,17 @@ def report_of(
     there was no data for, with what to give.
     """
     layers = range(source.numbers.layers)
-    sites: list[Place] = [(layer, site) for site in (STREAM, *source.family.sites) for layer in layers]
-    sites[len(layers) : len(layers)] = [(None, STREAM)]
+    stream: list[Place] = [*((layer, STREAM) for layer in layers), (None, STREAM)]
+    sites: list[Place] = [(layer, site) for site in source.family.sites for layer in layers]
     classes: list[Place] = [(layer, linear.role) for linear in source.family.linears for layer in layers]
     with Workers(threads) as workers:
         rotations = _considered(source, made, config, stats, workers)
         activations, weights = _after(source, made, rotations, stats, workers)
         told = {
-            "sites": _compared([*sites, (None, OUTPUT_IN)], _seen(source, stats, []), activations),
+            "sites": _compared([*stream, *sites, (None, OUTPUT_IN)], _seen(source, stats, []), activations),
             "tensors": _compared([*classes, (None, "token_embd"), (None, "output")], _weights(source), weights),
         }
-    choice, stream = made.manifest.get("rotation_choice"), _stream(stats)
+    choice, measured = made.manifest.get("rotation_choice"), _stream(stats)
     return {
         "model": source.manifest.get("source", {}).get("name", ""),
         "family": source.family.name,
@@ -68,10 +68,10 @@ def report_of(
         "turned": bool(made.rotations),
         "rotations": [_described(rotation) for rotation in rotations],
         "calibration_tokens": stats.calibration.get("tokens") if stats else None,
-        "missing": _missing(config, stats, choice, stream),
+        "missing": _missing(config, stats, choice, measured),
         "choice": choice,
         **told,
-        "stream": stream,
+        "stream": measured,
     }
 
 
@@ -157,21 +157,16 @@ def _channels(
     source: Checkpoint, diagonal: Callable[[int | None, str], torch.Tensor | None], rotations: list[Rotation]
 ) -> Channels:
     """Root mean squares of a site; for STREAM those in front of the norm's gain, where it was not folded before."""
-    norm = next((norm for norm in source.family.norms if norm.reads == "residual" and norm.makes), None)
+    first = next(norm for norm in source.family.norms if norm.reads == "residual" and norm.makes)
 
     def channels(place: Place) -> torch.Tensor | None:
         layer, site = place
-        if site != STREAM:
-            found = diagonal(layer, site)
+        ahead, gain = (OUTPUT_IN, OUTPUT_NORM) if layer is None else (first.makes, block_tensor(layer, first.role))
+        found = diagonal(layer, str(ahead) if site == STREAM else site)
+        if found is None or site != STREAM or folded_gain(source, rotations, layer, str(ahead)):
             return None if found is None else found.sqrt()
-        made = OUTPUT_IN if layer is None or norm is None else norm.makes
-        found = diagonal(layer, str(made))
-        if found is None or folded_gain(source, rotations, layer, str(made)):
-            return None if found is None else found.sqrt()
-        gain = source.read_float(
-            OUTPUT_NORM if layer is None or norm is None else block_tensor(layer, norm.role), torch.float64
-        )
-        return torch.where(gain == 0, 0.0, found.to(torch.float64).sqrt() / gain.abs())
+        gains = source.read_float(gain, torch.float64)
+        return torch.where(gains == 0, 0.0, found.to(torch.float64).sqrt() / gains.abs())
 
     return channels
 

@@ -18,7 +18,7 @@ T3 the function stays: 1e-10 of the largest logit in float64, 1e-5 in float32, f
 T4 what is wrong is noticed: every matrix, bias, gain and end that one rotation misses, in every family
    [test_rotate_negatives] test_whatever_a_rotation_misses_is_noticed
    [test_rotate_placements] test_a_tied_head_keeps_its_basis, test_queries_and_keys_turn_alike
-   [test_rotate_sparse] test_the_oracle_notices_a_forgotten_step, test_the_oracle_notices_a_wrong_table
+   [test_rotate_sparse] test_a_router_that_was_forgotten_chooses_other_experts, test_the_oracle_notices_a_wrong_table
 T5 every tensor is what the algebra says, and what is written is that tensor as F32
    [test_rotate_tensors] test_every_tensor_is_what_the_algebra_says
 T6 unmodified llama.cpp: a rotated F32 file says what the plain one says
@@ -40,6 +40,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ ROTATIONS = {
     "all": RotateConfig(rotate="always", hidden=4, queries="full", target="rondel", seed=3),
 }
 TOKENS = torch.randint(0, 288, (24,), generator=torch.Generator().manual_seed(5))
+
+
+def test_the_list_names_tests_that_exist():
+    text = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py"))
+    named = set(re.findall(r"(?<!/)\b(test_\w+)\b(?!\])", __doc__))
+    assert len(named) > 20
+    assert {name for name in named if f"def {name}(" not in text} == set()
+    files = set(re.findall(r"\[([\w/]+)\]", __doc__))
+    assert all(list(Path(__file__).parents[1].rglob(f"{file}.py")) for file in files)
 
 
 def model(name: str, folder: Path) -> Checkpoint:
