@@ -126,7 +126,7 @@ ReportOption = Annotated[
         "--report",
         metavar="FILE",
         help="Write the ranges of channels before and after, massive activations and the decision: a page (.html), or "
-        "its facts (.json). All of it needs --stats.",
+        "its facts (.json). Without --stats of the weights alone.",
     ),
 ]
 
