@@ -61,7 +61,7 @@ def _decided(row: Mapping[str, Any]) -> Point:
 
 
 def _tried(entry: Mapping[str, Any]) -> Point:
-    plan = " ".join(entry["plan"])
+    plan = " ".join(entry["plan"]) + ("" if entry.get("tuned", True) else ", not tuned")
     kind = "copies" if entry["accepted"] else "rejected"
     title = (
         f"{plan}: KL {number(entry['kl'])}, {number(entry['control_kl'])} with gains alone; {entry['why'] or 'kept'}"

@@ -214,6 +214,8 @@ class Trial:
                 )
         self.told["log"] = log
         self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
+        if found.base:
+            self.told["choice"]["base"] = found.base
         if found.replication is None:
             fitted = sum(entry["kl"] is not None for entry in log)
             self.told["notes"].append(
