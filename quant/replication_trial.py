@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.distill import fit_copies
 from rondel.quant.judgement import DELTA, Losses, RememberedTeacher, Verdict, paired, split, token_losses
 from rondel.quant.replaced_view import ReplacedView
+from rondel.quant.replicate_config import ReplicateConfig
 from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
 from rondel.quant.rivals import Rival, Rivals
 from rondel.quant.student import Student, base_path
@@ -32,50 +33,6 @@ from rondel.quant.tuned_or_copied import copies_instead_of_tuning
 from rondel.quant.workers import Workers
 
 CONTEXT = 512  # tokens of a window, where the model has as many
-
-
-class TrialConfig(Protocol):
-    """What of a ReplicateConfig a trial follows."""
-
-    @property
-    def context(self) -> int | None:
-        """Tokens of a window."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """The most of the text to use."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """Of every optimization."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the order of windows, and of the bootstrap."""
-        ...
-
-    @property
-    def mode(self) -> str:
-        """Of chosen copies; "none" for no copies."""
-        ...
-
-    @property
-    def tune(self) -> bool | None:
-        """Whether the single copy is tuned; None: it is."""
-        ...
-
-    @property
-    def prefer(self) -> str:
-        """None, replicate, low-rank: what is written where another use of the bytes is better."""
-        ...
-
-    @property
-    def allow_regression(self) -> bool:
-        """Whether a plan that harms is written."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +45,7 @@ class Outcome:
     correction: Mapping[str, LoraFactors] = field(default_factory=dict)  # by tensor name, where it is preferred
 
 
-def windows_of(source: Checkpoint, text: Sequence[Path], config: TrialConfig) -> CalibrationText:
+def windows_of(source: Checkpoint, text: Sequence[Path], config: ReplicateConfig) -> CalibrationText:
     """The windows of the text in its order, evenly thinned out where there are more than `config.tokens`."""
     context = config.context or min(CONTEXT, source.numbers.context)
     return tokenize(source, text, tokens=config.tokens, context=context, seed=None)
@@ -105,7 +62,7 @@ class Trial:
         source: Checkpoint,
         teacher: Checkpoint,
         text: CalibrationText,
-        config: TrialConfig,
+        config: ReplicateConfig,
         *,
         workers: Workers,
         device: str = "cpu",
@@ -330,7 +287,7 @@ def decide(
     teacher: Checkpoint,
     text: CalibrationText,
     plan: Replication | None,
-    config: TrialConfig,
+    config: ReplicateConfig,
     *,
     threads: int | None = None,
     device: str = "cpu",
