@@ -134,7 +134,7 @@ def test_a_weight_that_is_no_number_leaves_no_folder(tmp_path: Path) -> None:
 def test_the_record_is_in_the_manifest_and_the_tensors_are_shared(source: Checkpoint, tmp_path: Path) -> None:
     first = replicate(source, tmp_path / "none", ReplicateConfig())
     assert "replication" not in first.manifest
-    assert "no layer was replicated" in first.stages[-1]["result"]["notes"][0]
+    assert "no layer is replicated" in first.stages[-1]["result"]["notes"][0]
     config = ReplicateConfig(("0:serial:1:gate=0.5:gain=0.75", "2:parallel:2:mean"), target="rondel")
     out = replicate(first, tmp_path / "out", config)
     found, warnings = decode_replication(out.manifest["replication"], out.numbers)
