@@ -7,6 +7,8 @@ opposite. Folding new numbers back changes the scale fields alone, so that forma
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -37,20 +39,15 @@ class BlockScales:
         fields = [self._field(number) for number in range(self._count())]
         self.scales = torch.from_numpy(np.stack([field.astype(np.float32) for field in fields]))
         self.blocks = self.scales.shape[2]
-        self._parts = torch.stack([self._part(number) for number in range(len(fields))])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> BlockScales:
-        """This object with its parts on a device and in the precision of the arithmetic."""
-        self._parts, self.scales = self._parts.to(device, dtype), self.scales.to(device, dtype)
-        return self
+    @cached_property
+    def parts(self) -> torch.Tensor:
+        """A and B, (count, rows, blocks, columns of a block)."""
+        return torch.stack([self._part(number) for number in range(self._count())])
 
     def weight(self, scales: torch.Tensor) -> torch.Tensor:
         """The matrix (rows, cols) with other scales (count, rows, blocks); differentiable in them."""
-        return (self._parts * scales[..., None]).sum(0).reshape(self.rows, self.cols)
-
-    def parts(self) -> torch.Tensor:
-        """A and B, (count, rows, blocks, columns of a block)."""
-        return self._parts
+        return (self.parts * scales[..., None]).sum(0).reshape(self.rows, self.cols)
 
     def fold(self, scales: torch.Tensor) -> Packed:
         """The packed matrix with other scales, rounded to float16; what float16 cannot hold is cut to its largest."""

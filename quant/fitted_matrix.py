@@ -50,11 +50,9 @@ class FittedMatrix:
         self.reals = {
             kind: torch.from_numpy(numbers.values).to(device, dtype) for kind, numbers in self._numbers.items()
         }
-        if "codes" in self._numbers:
-            self._scales = self._blocks.scales.to(device, dtype)
-        else:
+        self._scales = self._blocks.scales.to(device, dtype)
+        if "codes" not in self._numbers:
             self._pattern = self._codebook_weights().to(device, dtype)
-            self._scales = self._blocks.to(device, dtype).scales
         self.factors = torch.ones_like(self._scales)
 
     def leaves(self, rates: Rates) -> list[Leaf]:
@@ -93,8 +91,8 @@ class FittedMatrix:
         """(blocks, columns): what d and the inner scales multiply, of a format whose codes are no numbers."""
         blocks = self._blocks
         if "scales" not in self._numbers:
-            return blocks.parts()[0].flatten(0, 1)
+            return blocks.parts[0].flatten(0, 1)
         scales = self._numbers["scales"]
         plain = int(1 - scales.zero) if scales.unit == 1 else 0
         alike = with_numbers(self.packed, {"scales": np.full_like(scales.values, plain)})
-        return BlockScales(alike).parts()[0].flatten(0, 1) / (scales.unit * (plain + scales.zero))
+        return BlockScales(alike).parts[0].flatten(0, 1) / (scales.unit * (plain + scales.zero))
