@@ -150,3 +150,25 @@ def layouts() -> dict[str, Layout]:
         "IQ2_S": Layout(None, Field(_at(74 + sixteen // 2, sixteen % 2 * 4, 4), 0.5, 0.25)),
         "IQ1_S": Layout(None, Field(_at(35 + 2 * eight, 4, 3), 0.5, 0.25)),
     }
+
+
+@cache
+def codeword_fields() -> dict[str, tuple[Field, Field, float]]:
+    """Formats of codewords: their indices, the signs of eights, and what the least inner scale means."""
+    word, eight = np.arange(64), np.arange(32)
+    seven = eight // 4, 7 * (eight % 4)  # a word of 32 bits holds four fields of seven
+    return {
+        "IQ2_XXS": (Field(_at(2 + eight // 4 * 8 + eight % 4, 0, 8)), Field(_at(6 + 8 * seven[0], seven[1], 7)), 0.125),
+        "IQ2_XS": (Field(_at(2 + 2 * eight, 0, 9)), Field(_at(2 + 2 * eight, 9, 7)), 0.125),
+        "IQ2_S": (
+            Field(_with(_at(2 + eight, 0, 8), _at(66 + eight // 4, eight % 4 * 2, 2))),
+            Field(_at(34 + eight, 0, 8)),
+            0.125,
+        ),
+        "IQ3_XXS": (Field(_at(2 + word, 0, 8)), Field(_at(66 + 4 * seven[0], seven[1], 7)), 0.25),
+        "IQ3_S": (
+            Field(_with(_at(2 + word, 0, 8), _at(66 + word // 8, word % 8, 1))),
+            Field(_at(74 + eight, 0, 8)),
+            1.0,
+        ),
+    }

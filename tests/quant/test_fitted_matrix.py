@@ -12,14 +12,16 @@ from rondel.converters.row_gains import SCALE_OFFSETS
 from rondel.converters.tiles import PANEL_ROWS, TILE_FORMATS
 from rondel.native.formats import decode, format_bytes
 from rondel.quant.block_codes import KINDS, read_numbers, with_numbers
-from rondel.quant.block_layouts import layouts
+from rondel.quant.block_layouts import codeword_fields, layouts
+from rondel.quant.codewords import codebook
 from rondel.quant.fitted_matrix import FittedMatrix, Rates
 
 ROWS, COLS = 20, 512  # tile formats pad 20 rows to two panels
 FLOAT32_ERROR = 2e-7  # of the largest weight: one fused rounding more or less
 FORMATS = [*SCALE_OFFSETS, *TILE_FORMATS]
 WITH_NUMBERS = [*layouts(), *TILE_FORMATS]
-CODED = [name for name in WITH_NUMBERS if name in TILE_FORMATS or layouts()[name].codes is not None]
+CODEWORDS = list(codeword_fields())
+CODED = [name for name in WITH_NUMBERS if name in TILE_FORMATS or layouts()[name].codes is not None] + CODEWORDS
 
 
 def drawn(format: str, seed: int = 1) -> Packed:
@@ -98,3 +100,24 @@ def test_gradients_reach_codes_through_their_rounding(format: str) -> None:
     assert leaves[0].rate == 1.0
     assert [leaf.rate for leaf in leaves if leaf.tensor is codes] == [2.0]
     assert len(leaves) == 1 + len(found.reals)
+
+
+@pytest.mark.parametrize("format", CODEWORDS)
+def test_codewords_go_into_the_bytes_and_the_nearest_is_found(format: str) -> None:
+    packed, book = drawn(format), codebook(format)
+    assert book is not None
+    recorded = book.read(packed)
+    assert torch.equal(book.nearest(recorded), recorded)
+    noise = torch.randn(recorded.shape, generator=torch.Generator().manual_seed(4))
+    near = recorded + noise / noise.norm(dim=1, keepdim=True) * book.safe * 0.99
+    assert torch.equal(book.nearest(near), recorded), "another codeword is nearer than `safe` says"
+    wanted = recorded + noise * book.step
+    found = book.nearest(wanted)
+    assert not torch.equal(found, recorded)
+    nearer = (found - wanted).norm(dim=1) <= (recorded - wanted).norm(dim=1) * (1 + FLOAT32_ERROR)
+    assert (
+        nearer.float().mean() > 0.99
+    )  # signs are settled before words, as encoders do: rarely a shorter way is missed
+    changed = book.write(packed, found)
+    assert torch.equal(book.read(changed), found)
+    assert torch.equal(book.write(changed, recorded).data, packed.data)
