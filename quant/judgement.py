@@ -27,7 +27,9 @@ from rondel.quant.student import Student, Values, Weights
 DELTA = 0.002  # nats a token: a smaller difference is not worth a second execution, however sure it is
 BLOCK_TOKENS = 512  # neighbouring tokens err together; blocks of this size are taken as independent
 SMALLEST_BLOCKS = 4  # of a piece that judges: the widened interval misses 6 % there; with three, 7 %
-SHARES = (2, 1, 1)  # of the text: fit, select, confirm
+JUDGED_SHARE = 4  # a fourth of the text selects, a fourth confirms,
+JUDGED_TOKENS = 32768  # but no more than this each: what is left is better used to fit
+STRETCHES = 8  # of the text, each cut in three, so that all its kinds of documents are in every piece
 RESAMPLES = 4000  # the ends of the interval are then known to about 3 % of its width
 NORMAL_95, NORMAL_80 = 1.6449, 0.8416  # quantiles of the normal distribution: one-sided 95 %, and 80 % power
 LOGITS_AT_ONCE = 1 << 22  # in float64 in memory: 32 MiB an array
@@ -111,22 +113,31 @@ class Verdict:
 
 
 def split(windows: torch.Tensor, context: int) -> Splits:
-    """Cut text into three pieces that stand one after another in it, so that no document is in two but at a cut.
+    """Cut text into three pieces that share no window, and no document but those at the cuts.
 
-    `windows` (count, context) or token ids (n,), both in the order of the text. Raises RondelError where the pieces
-    that judge would have fewer than SMALLEST_BLOCKS blocks of BLOCK_TOKENS.
+    `windows` (count, context) or token ids (n,), both in the order of the text. Each of up to STRETCHES parts of the
+    text gives neighbouring windows to each piece. Raises RondelError where the pieces that judge would have fewer than
+    SMALLEST_BLOCKS blocks of BLOCK_TOKENS.
     """
     if windows.ndim == 1:
         windows = windows[: len(windows) // context * context].reshape(-1, context)
     assert windows.shape[1] == context, "windows of another context"
-    needed = math.ceil(SMALLEST_BLOCKS * windows_a_block(context) * sum(SHARES) / min(SHARES))
-    if len(windows) < needed:
+    count, block = len(windows), windows_a_block(context)
+    needed = SMALLEST_BLOCKS * block * JUDGED_SHARE
+    if count < needed:
         raise RondelError(
-            f"the text has {windows.numel()} tokens in {len(windows)} windows of {context}; fitting, choosing and "
+            f"the text has {windows.numel()} tokens in {count} windows of {context}; fitting, choosing and "
             f"confirming copies on pieces that do not overlap needs {needed * context}: give more --text"
         )
-    fit, select = (len(windows) * sum(SHARES[: i + 1]) // sum(SHARES) for i in range(2))
-    return Splits(windows[:fit], windows[fit:select], windows[select:])
+    judged = min(count // JUDGED_SHARE, max(JUDGED_TOKENS // context, SMALLEST_BLOCKS * block))
+    stretches = min(STRETCHES, judged // block)
+    pieces: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for i in range(stretches):
+        start, end = (count * (i + n) // stretches for n in range(2))
+        share = judged * (i + 1) // stretches - judged * i // stretches
+        for piece, part in zip(pieces, windows[start:end].split((end - start - 2 * share, share, share)), strict=True):
+            piece.append(part)
+    return Splits(*(torch.cat(piece) for piece in pieces))
 
 
 def windows_a_block(context: int) -> int:

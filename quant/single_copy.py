@@ -26,7 +26,7 @@ from rondel.quant.student import Student
 from rondel.quant.workers import Workers
 
 RATES = Rates(factors=1e-3, codes=2e-2, inner=2e-2)  # Adam's: a code has to be pushed for dozens of steps
-NORM_RATE = 1e-3
+NORM_RATE = 5e-4
 BATCH = 4  # windows a step
 
 

@@ -11,7 +11,9 @@ from rondel.converters.checkpoint import open_checkpoint
 from rondel.converters.errors import RondelError
 from rondel.quant.judgement import (
     DELTA,
+    JUDGED_TOKENS,
     SMALLEST_BLOCKS,
+    STRETCHES,
     Losses,
     RememberedTeacher,
     batches,
@@ -36,13 +38,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Student]:
     )  # type: ignore[return-value]
 
 
-def test_the_pieces_follow_each_other_and_share_nothing() -> None:
+def test_the_pieces_share_nothing_and_come_from_all_parts_of_the_text() -> None:
     tokens = torch.arange(64 * 300)
     pieces = split(tokens, 64)
     joined = torch.cat((pieces.fit, pieces.select, pieces.confirm))
-    assert torch.equal(joined.flatten(), tokens)
+    assert torch.equal(joined.flatten().sort().values, tokens)
     assert len(pieces.select) == len(pieces.confirm) == 75
     assert torch.equal(split(tokens.reshape(-1, 64), 64).confirm, pieces.confirm)
+    for piece in (pieces.fit, pieces.select, pieces.confirm):
+        starts = piece[:, 0]
+        assert bool((starts.diff() > 0).all()), "out of the text's order"
+        parts = (starts * STRETCHES // len(tokens)).unique()
+        assert len(parts) == STRETCHES
+        apart = int((starts.diff() != 64).sum())
+        assert apart < STRETCHES, "more cuts than the parts of the text need"
+
+
+def test_of_much_text_most_is_left_to_fit() -> None:
+    pieces = split(torch.zeros(8 * JUDGED_TOKENS, dtype=torch.int64), 512)
+    assert pieces.select.numel() == pieces.confirm.numel() == JUDGED_TOKENS
+    assert pieces.fit.numel() == 6 * JUDGED_TOKENS
 
 
 def test_too_little_text_is_refused_with_the_count_that_would_do() -> None:

@@ -83,6 +83,11 @@ def open_gates(student, teacher, windows, found, parameters, config, **running):
     return [{kind: torch.ones(1) for kind in one} for one in found.sets]
 
 
+def closed_gates(student, teacher, windows, found, parameters, config, **running):
+    """In the place of fit_copies: copies that change nothing."""
+    return [{kind: torch.zeros(1) for kind in one} for one in found.sets]
+
+
 def test_a_named_layer_is_fitted_and_judged(
     source: Checkpoint, teacher: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
@@ -162,8 +167,9 @@ def test_without_tuning_every_tensor_is_shared(
 
 
 def test_copies_stand_on_the_tuned_tensors(
-    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path
+    source: Checkpoint, quantized: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(replication_trial, "fit_copies", closed_gates)
     config = replace(TUNED, layers=("1:serial:1",))
     made = replicate(quantized, tmp_path / "out", config, source, (text,))
     keys, result = made.manifest["replication"], made.stages[-1]["result"]
