@@ -31,7 +31,7 @@ CLOSED = 0.8  # of what the planted copy itself closes on the student, as issue 
 MOST_FOUND = 1  # false alarms of SEEDS models without a planted copy, as issue 5 asks
 SEEDS = 20
 LAYERS = 4
-CONFIG = ChoiceConfig(steps=24, seed=1)
+CONFIG = ChoiceConfig(steps=16, seed=1)
 ROUNDED = QuantizeConfig("Q4_0", pure=True, method="rtn")
 
 
@@ -40,7 +40,7 @@ def cut(windows: torch.Tensor) -> Splits:
     return Splits(windows[:half], windows[half:last], windows[last:])
 
 
-def drawn(seed: int, count: int = 192) -> Splits:
+def drawn(seed: int, count: int = 160) -> Splits:
     return cut(torch.randint(0, 288, (count, 32), generator=torch.Generator().manual_seed(seed)))
 
 
@@ -128,22 +128,24 @@ def test_a_teacher_that_does_not_compare_gives_none_and_says_why(student: Studen
     assert all(entry["why"].startswith("the teacher's layers do not compare") for entry in found.log)
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_was_planted(tmp_path: Path) -> None:
     alarms = []
     for seed in range(SEEDS):
-        source = open_checkpoint(tiny_model("qwen3", tmp_path / f"m{seed}", layers=3, seed=seed))
+        source = open_checkpoint(tiny_model("qwen3", tmp_path / f"m{seed}", seed=seed))
         rounded = Student(quantize(source, tmp_path / f"q{seed}", ROUNDED))
         found = choose(rounded, Student(source), drawn(seed), replace(CONFIG, seed=seed))
-        assert len(found.log) >= 3 * 6
+        assert len(found.log) >= 2 * 6
         if found.replication is not None:
             alarms.append(seed)
     assert len(alarms) <= MOST_FOUND
 
 
+@pytest.mark.slow
 def test_a_trained_model_of_two_bits(tmp_path: Path) -> None:
     source = open_checkpoint(MODELS / "stories-4m")
     student = Student(quantize(source, tmp_path / "q", QuantizeConfig("Q2_K", method="rtn")))
-    text = tokenize(source, [MODELS / "stories.txt"], tokens=6144, context=64, seed=None)
+    text = tokenize(source, [MODELS / "stories.txt"], tokens=4608, context=64, seed=None)
     splits = cut(text.windows)
     assert choose(student, Student(source), splits, CONFIG).replication is None
     deeper = Student(open_checkpoint(deeper_model(source.root, tmp_path / "deeper", 2, 1.0)))
@@ -168,14 +170,16 @@ def test_caps_are_kept_and_the_log_says_so(student: Student, teacher: Student) -
         choose(student, teacher, SPLITS, replace(CONFIG, candidates=(1, 4)))
 
 
+@pytest.mark.slow
 def test_two_planted_layers_are_both_found_where_two_may_be(
     source: Checkpoint, student: Student, tmp_path: Path
 ) -> None:
     config = ReplicateConfig(("0:serial:1:0.5", "2:serial:1:0.5"))
     two = Student(replicate(source, tmp_path / "t", config))
-    found = choose(student, two, SPLITS, CONFIG)
+    whole = replace(CONFIG, mode="serial", parts="block")
+    found = choose(student, two, SPLITS, whole)
     assert accepted(found)[-1] == ["0:serial:1:block", "2:serial:1:block"]
-    one = choose(student, two, SPLITS, replace(CONFIG, max_layers=1))
+    one = choose(student, two, SPLITS, replace(whole, max_layers=1))
     assert len(accepted(one)) == 1
     assert any(entry["why"] == "2 layers with copies, at most 1 are allowed" for entry in one.log)
 
@@ -184,7 +188,7 @@ def test_modes_and_parts_are_obeyed(student: Student, teacher: Student) -> None:
     every = replace(CONFIG, mode="parallel", parts="ffn", candidates=(2, 1)).copies(LAYERS)
     assert [str(copy) for copy in every] == ["1:parallel:1:ffn", "2:parallel:1:ffn"]
     assert {copy.parts for copy in replace(CONFIG, merge="mean").copies(LAYERS) if copy.mode == "parallel"} == {"block"}
-    found = choose(student, teacher, SPLITS, replace(CONFIG, mode="parallel", candidates=(1,)))
+    found = choose(student, teacher, SPLITS, replace(CONFIG, mode="parallel", max_compute=0.0))
     assert {entry["mode"] for entry in found.log} == {"parallel"}
 
 
