@@ -22,7 +22,8 @@ def inspect(
 ) -> None:
     """Show what a GGUF file or a rondel folder holds.
 
-    Keys, bytes by type, bits a weight, rotations and replication; of a folder, the stages that made it.
+    Keys, bytes by type, bits a weight, rotations, replication and what was measured of it; of a folder, the stages that
+    made it.
 
     Example:
 
@@ -36,6 +37,7 @@ def inspect(
 
 def describe_file(path: Path) -> dict[str, Any]:
     """The facts of a GGUF file, as JSON holds them."""
+    from rondel.converters.replication_codec import told_replication
     from rondel.native import File
 
     with File(path) as file:
@@ -52,7 +54,7 @@ def describe_file(path: Path) -> dict[str, Any]:
             "parts": len(file.shards),
             "keys": keys,
             "rotations": _rotations(keys),
-            "replication": json.loads(file.keys.get("rondel.replication.json", "{}")),
+            **told_replication({name: file.keys[name] for name in file.keys}),
             **_totals(tensors),
             "tensors": tensors,
         }
@@ -61,6 +63,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 def describe_folder(path: Path) -> dict[str, Any]:
     """The facts of a checkpoint's or statistics' folder."""
     from rondel.converters.manifest import read_manifest, shard_spans, tensor_infos
+    from rondel.converters.replication_codec import told_replication
 
     manifest = read_manifest(path)
     infos = tensor_infos(manifest)
@@ -70,6 +73,8 @@ def describe_folder(path: Path) -> dict[str, Any]:
         first, last = spans[info.shard].get(info.name, (0, 0))
         tensors.append({"name": info.name, "type": info.format, "shape": list(info.shape), "bytes": last - first})
     carried = {key: value for key, value in manifest.items() if key not in ("tensors", "manifest_version")}
+    if carried.get("replication"):
+        carried |= told_replication(carried["replication"])
     return {"path": str(path), **carried, **_totals(tensors), "tensors": tensors}
 
 
@@ -111,7 +116,7 @@ def _totals(tensors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(told: dict[str, Any], tensors: bool) -> str:
-    left_out = ("types", "tensors", "stages", "quantization")
+    left_out = ["types", "tensors", "stages", "quantization", *(["evaluation"] if not told.get("evaluation") else [])]
     parts = [console.lines({key: told[key] for key in told if key not in left_out})]
     rows = [
         (name, row["tensors"], row["weights"], row["bytes"], f"{8 * row['bytes'] / max(row['weights'], 1):.3f}")

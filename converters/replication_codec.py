@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -268,3 +269,15 @@ def decode_replication(keys: Mapping[str, Any], numbers: Hyperparameters) -> tup
     )
     check(found, numbers)
     return found, warnings
+
+
+def told_replication(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """For people: {"replication": the copies by layer, "evaluation": what was measured of them}, each empty without."""
+    taken = _Keys(keys)
+    try:
+        copies = json.loads(taken.text("json") or "{}")
+    except ValueError as error:
+        raise taken.wrong("json", f"JSON ({error})") from error
+    if not isinstance(copies, dict):
+        raise taken.wrong("json", "a JSON object")
+    return {"replication": copies, "evaluation": taken.evaluation()}

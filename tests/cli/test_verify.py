@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,54 @@ def test_export_into_a_folder_names_the_file(model: Path, tmp_path: Path) -> Non
     told = json.loads(done.stdout)
     assert [Path(name).parent for name in told["files"]] == [tmp_path / "new"]
     assert told["bytes"] == Path(told["files"][0]).stat().st_size
+
+
+EVALUATION = {"nll_base": 2.75, "nll_repl": 2.5, "ci_lo": -0.5, "ci_hi": -0.25, "n_tokens": 4096, "regression": False}
+
+
+@pytest.fixture
+def measured(model: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of which something was measured."""
+    done = rondel("replicate", model, "--layer", "1:serial:1", "-o", tmp_path / "copies", "--quiet")
+    assert done.exit_code == 0, done.exception
+    note(tmp_path / "copies", EVALUATION)
+    return tmp_path / "copies"
+
+
+def note(folder: Path, evaluation: dict[str, object]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["replication"] |= {f"rondel.replication.eval.{name}": value for name, value in evaluation.items()}
+    path.write_text(json.dumps(manifest))
+
+
+def test_inspect_tells_what_was_measured_of_copies(measured: Path, tmp_path: Path) -> None:
+    file = tmp_path / "measured.gguf"
+    assert rondel("export", measured, "--type", "F16", "-o", file, "--quiet").exit_code == 0
+    for path in (measured, file):
+        told = json.loads(rondel("inspect", path, "--json").stdout)
+        assert told["evaluation"] == EVALUATION
+        assert told["replication"] == {"layer_1": {"type": "serial", "copies": 1, "shared_weight": True}}
+        text = rondel("inspect", path).stdout.splitlines()
+        assert ["evaluation.nll_repl", "2.5"] in [line.split() for line in text]
+
+
+def test_inspect_is_silent_where_nothing_was_measured(file: Path) -> None:
+    assert json.loads(rondel("inspect", file, "--json").stdout)["evaluation"] == {}
+    assert "evaluation" not in rondel("inspect", file).stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"nll_base": "low"}, r"eval\.nll_base: expected a float32 number"), ({"n_tokens": 0.5}, r"an unsigned integer")],
+)
+def test_inspect_refuses_what_was_measured_in_another_type(
+    measured: Path, change: dict[str, object], sentence: str
+) -> None:
+    note(measured, change)
+    done = rondel("inspect", measured)
+    assert isinstance(done.exception, RondelError)
+    assert re.search(sentence, str(done.exception))
 
 
 def test_export_plan_tells_the_exact_size(model: Path, file: Path) -> None:
