@@ -96,7 +96,7 @@ wheel-check: install
 fuzz: install
 	mkdir -p build/fuzz
 	$(BIN)/rondel export tests/models/stories-4m --type F16 --quiet --force -o build/fuzz/model.gguf
-	$(CC) -g -O1 -std=gnu11 -Wno-psabi -fsanitize=address,undefined -DREPLAY -Inative/include -Inative/src native/fuzz/fuzz_gguf.c \
+	$(CC) -g1 -O1 -std=gnu11 -Wno-psabi -fsanitize=address,undefined -DREPLAY -Inative/include -Inative/src native/fuzz/fuzz_gguf.c \
 	    $$(find native/src -name '*.c' ! -name 'avx*.c') -lm -lpthread -o build/fuzz/fuzz_gguf
 	FUZZ_ROUNDS=$(ROUNDS) build/fuzz/fuzz_gguf build/fuzz/model.gguf
 	$(BIN)/python -m tests.native.reference build/fuzz/small.gguf

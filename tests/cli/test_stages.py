@@ -170,3 +170,23 @@ def test_rotate_tells_its_choice_and_is_undone(model: Path, calib: Path, tmp_pat
         rondel("rotate", tmp_path / "rotated", "--undo", "-o", tmp_path / "x", "--dry-run", "--json").stdout
     )["ties_head"]
     assert rondel("rotate", tmp_path / "rotated", "--undo", "-o", tmp_path / "undone", "--quiet").exit_code == 0
+
+
+def test_bench_reads_no_more_with_parallel_copies(model: Path, tmp_path: Path) -> None:
+    def bytes_per_token(folder: Path) -> int:
+        file = tmp_path / f"{folder.name}.gguf"
+        for step in (
+            ["export", folder, "--type", "F16", "-o", file, "--quiet"],
+            ["bench", file, "--prompt", 4, "--generate", 2, "--repeat", 1, "--json", "-t", 1],
+        ):
+            done = rondel(*step)
+            assert done.exit_code == 0, done.exception
+        return int(json.loads(done.stdout)["bytes_per_token"])
+
+    read = [bytes_per_token(model)]
+    for layer in ("1:parallel:1", "1:parallel:2", "1:parallel:7", "1:serial:1"):
+        out = tmp_path / layer.replace(":", "-")
+        assert rondel("replicate", model, "--layer", layer, "-o", out, "--quiet").exit_code == 0
+        read.append(bytes_per_token(out))
+    assert read[1:4] == read[:1] * 3
+    assert read[4] > read[0]  # a serial copy goes through the layer again

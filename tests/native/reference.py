@@ -304,12 +304,40 @@ def _block(numbers: Numbers, tensors: Tensors, x: Array, step: Step, cache: dict
     return x
 
 
+def _low_rank_terms(numbers: Numbers, rank: int) -> dict[str, Array]:
+    """One of every linear."""
+    queries, keys = numbers.heads * numbers.head_dim, numbers.kv_heads * numbers.head_dim
+    width, hidden = numbers.width, numbers.hidden
+    sizes = {
+        "attn_q": (queries, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, queries),
+        "ffn_gate": (hidden, width),
+        "ffn_up": (hidden, width),
+        "ffn_down": (width, hidden),
+    }
+    terms = {}
+    for role, (rows, channels) in sizes.items():
+        terms |= {f"{role}_left": np.full((rows, rank), 0.125), f"{role}_right": np.full((rank, channels), 0.25)}
+    return terms
+
+
 def write_everything(path: Path) -> Path:
     """A small file that uses every online rotation and replication, of which most bytes are header: for the fuzzer."""
     numbers = Numbers("qwen3", layers=2, width=24, hidden=36, tied=True)
-    steps = [*plain_steps(2), Step(1, 1, group=2, kv=0, parameters={"gate_attn": np.ones(1), "gate_ffn": np.ones(1)})]
+    gates: dict[str, Array] = {"gate_attn": np.ones(1), "gate_ffn": np.ones(1)}
+    rounded = {"act_scale": [1.0], "act_clip": [0.875], "act_bits": [4], "rounding": [7], "rotation_seed": [3]}
+    steps = [
+        Step(0, group=0, kv=0),
+        Step(1, group=1, kv=1),  # beside two copies: one on its keys and values, one on its own
+        Step(1, 1, group=1, kv=1, parameters=gates),
+        Step(1, 2, group=1, kv=2, parameters={**gates, **rounded, **_low_rank_terms(numbers, 1)}),
+        Step(0, 1, group=2, kv=3, parameters={**gates, **_low_rank_terms(numbers, 2), "ffn_out_bias": np.ones(24)}),
+    ]
     keys = rotation_keys("boundary", 24) | rotation_keys("queries", 8, index=1) | rotation_keys("hidden", 36, 12, 2)
-    return write_gguf(path, numbers, random_weights(numbers), keys | replication_keys(2, steps, [NONE] * 3))
+    keys |= replication_keys(2, steps, [NONE, MEAN, NONE])
+    return write_gguf(path, numbers, random_weights(numbers), keys)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,22 @@
-"""Replication: the executed plan against float64 and real layers, and everything a plan may get wrong."""
+"""Replication: the executed plan against float64 and real layers, and everything a plan may get wrong.
+
+What has to hold of replication, and the tests of it:
+- closed gates are bit-equal to the base: test_closed_gates_leave_no_trace, ..._in_a_wide_group; in unmodified
+  llama.cpp: converters/test_materialize.py, test_llama_cpp_runs_closed_copies_like_the_base_model;
+- linear parallel copies fold: test_parallel_copies_without_parameters_fold;
+- the runtime, the float64 reference and real layers in llama.cpp agree, for a prompt and token by token, with keys and
+  values shared and own: quant/test_replication_reference.py; without torch: test_plans_are_those_of_float64,
+  test_serial_copies_equal_real_layers;
+- a file is read as it was written, newer minor and major versions: converters/test_replication.py,
+  test_what_is_written_is_read_back, test_versions, test_what_a_newer_version_measured_is_kept; here
+  test_unknown_minor_keys_are_ignored, test_an_unknown_major_version_...;
+- the base path is unharmed: test_without_replication_the_base_path_runs,
+  test_a_wrong_plan_refuses_but_leaves_the_base_path; in llama.cpp: quant/test_replication_reference.py;
+- parallel copies read no more bytes a token: test_parallel_copies_read_the_weights_once, and cli/test_stages.py,
+  test_bench_reads_no_more_with_parallel_copies;
+- nothing hostile is worse than an error: test_a_wrong_plan_refuses_but_leaves_the_base_path, and `make fuzz` on the
+  file of test_the_file_of_the_fuzzer_runs.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +42,7 @@ from tests.native.reference import (
     number_steps,
     random_weights,
     replication_keys,
+    write_everything,
     write_gguf,
 )
 
@@ -248,6 +267,18 @@ def test_parallel_copies_read_the_weights_once(tmp_path: Path) -> None:
     assert own == [alone[0] + cached * len(TOKENS), alone[1] + cached * (len(TOKENS) + 1)]
     layer = sum(tensor.nbytes for name, tensor in random_weights(NUMBERS).items() if name.startswith("blk.1."))
     assert bytes_read(write(tmp_path, *serial(gains())))[1] == own[1] + layer
+
+
+def test_the_file_of_the_fuzzer_runs(tmp_path: Path) -> None:
+    """It reaches the plan: a file that is refused would find nothing."""
+    with Model(write_everything(tmp_path / "everything.gguf")) as model:
+        assert (model.steps(), model.steps(replication=False)) == (5, 2)
+        logits = []
+        for replication in (True, False):
+            with Session(model, threads=1, replication=replication) as session:
+                logits.append(session.eval(TOKENS[:4]))
+    assert np.isfinite(logits).all()
+    assert not np.array_equal(*logits)
 
 
 def test_low_rank_terms_are_read_by_each_copy(tmp_path: Path) -> None:
