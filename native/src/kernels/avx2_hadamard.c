@@ -68,28 +68,30 @@ static void turn_over(const float *x, int64_t rows, int64_t cols, float *y) {
         }
 }
 
-/* Fewer than 8: with zeros beside them. */
-static void turn_over_few(const float *x, int64_t rows, int64_t cols, float *y) {
+/* Fewer rows than 8, with zeros beside them where they are fewer than `beside`. */
+static void turn_over_few(const float *x, int64_t rows, int64_t cols, float *y, int64_t beside) {
     for (int64_t j = 0; j < cols; j++)
-        for (int64_t i = 0; i < 8; i++) y[j * 8 + i] = i < rows ? x[i * cols + j] : 0;
+        for (int64_t i = 0; i < beside; i++) y[j * beside + i] = i < rows ? x[i * cols + j] : 0;
 }
 
 enum { BESIDE = 8192 }; /* floats side by side: eight of the largest matrices, of order 256 and inner 4 */
 
-/* inner < 8: 8 or 16 of the count side by side make it wide enough. */
+/* inner < 8: some of the count side by side make it wide enough. */
 void avx2_narrow_sums(const struct signed_sums *base, int64_t count, const float *x, float *y, float scale,
                       hadamard_sums *wide) {
     float from[BESIDE] __attribute__((aligned(64))), to[BESIDE] __attribute__((aligned(64)));
-    int64_t chunk = base->order * base->inner, beside = chunk * 16 <= BESIDE && count >= 16 ? 16 : 8;
+    int64_t chunk = base->order * base->inner, fill = (LANES + base->inner - 1) / base->inner;
+    int64_t beside = count < 8 ? fill : chunk * 16 <= BESIDE && count >= 16 ? 16 : 8;
     struct signed_sums many = *base;
     many.inner *= beside;
-    if (count < 8) {
-        turn_over_few(x, count, chunk, from);
+    for (int64_t next = 0; count < 8 && next < count; next += beside) {
+        int64_t rows = next + beside <= count ? beside : count - next;
+        turn_over_few(x + next * chunk, rows, chunk, from, beside);
         wide(&many, 1, from, to, scale);
-        for (int64_t i = 0; i < count * chunk; i++) y[i] = to[i % chunk * 8 + i / chunk];
-        return;
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < chunk; j++) y[(next + i) * chunk + j] = to[j * beside + i];
     }
-    for (int64_t next = 0; next < count; next += beside) {
+    for (int64_t next = 0; count >= 8 && next < count; next += beside) {
         int64_t first = next + beside <= count ? next : count - beside;
         turn_over(x + first * chunk, beside, chunk, from);
         wide(&many, 1, from, to, scale);
