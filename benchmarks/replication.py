@@ -268,8 +268,8 @@ def table(told: dict[str, Any]) -> str:
     lines = [
         f"{told['model']} at {told['type']}, every fit {told['steps']} steps on {told['fitted_on']} tokens, judged on "
         f"{counts}. R is the copy that screening puts first, {', '.join(told['copy'])}; `rondel replicate` answers "
-        f"{told['replicate']}. Changes are against B1, of B1 against B0, of FP-R against T, with the ends of a 90 % "
-        "interval:",
+        f"{told['replicate']}. Changes, in thousandths of a nat, are against B1, of B1 against B0 and of FP-R "
+        "against T, with the ends of a 90 % interval:",
         "",
         "| | | bytes | read a token | compute |" + "".join(f" {text}: NLL | KL |" for text in texts),
         "|---|---|--:|--:|--:|" + "--:|--:|" * len(texts),
@@ -289,7 +289,8 @@ def table(told: dict[str, Any]) -> str:
 def _cell(value: float, change: dict[str, Any] | None) -> str:
     if not change:
         return f"{value:.4f}"
-    return f"{value:.4f}, {change['mean']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})"
+    mean, low, high = (1000 * change[key] for key in ("mean", "low", "high"))
+    return f"{value:.4f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _options() -> argparse.Namespace:

@@ -42,6 +42,6 @@ def test_the_table_has_a_line_a_row() -> None:
     assert "1:serial:1:block" in lines[0]
     assert "none: it promises little" in lines[0]
     assert lines[4] == "| T |  | 1000 | 1200 | 1.125 | 2.5000 | 0.0400 |"
-    assert lines[5].endswith("| 2.5000, -0.0123 (-0.0200 to +0.0010) | 0.0400, -0.0123 (-0.0200 to +0.0010) |")
+    assert lines[5].endswith("| 2.5000, -12.340 (-20.000 to +1.000) | 0.0400, -12.340 (-20.000 to +1.000) |")
     assert "buy nothing" in lines[6]
     assert len({line.count("|") for line in lines[2:]}) == 1
