@@ -1,14 +1,15 @@
 """Does running a layer again repair what two bits lost? Copies beside other uses of their bytes, on text unseen.
 
     T             the float model                      L             tuned, and low-rank terms of the copies' bytes
-    B0            rounded                              M-bytes       tuned, and larger formats for the copies' bytes and
-    B1            rounded and tuned                                  those of their cache of keys and values
-    R             tuned, and the best copy             M-bandwidth   tuned, and larger formats for the bytes that the
-    R-shuffled    R's parameters on another layer                    copy reads a token
-    FP-R          the same copy on the float model, fitted to the text itself: is it rounding that copies repair?
+    B0            rounded                              M-bytes       tuned, and larger formats for the bytes of R-serial
+    B1            rounded and tuned                                  and of its cache of keys and values
+    R             tuned, and the best copy             M-bandwidth   tuned, and larger formats for the bytes that
+    R-serial      the best that runs after its layer                 R-serial reads a token
+    R-shuffled    R's parameters on another layer      gains         R's branches scaled, and not run again
+    FP-R          R's copy on the float model, fitted to the text itself: is it rounding that copies repair?
 
 All are fitted by as many steps, on the same text. R is the copy that screening puts first, whether or not `rondel
-replicate` would keep it; the table says so.
+replicate` would keep it; the table says so. It is R-serial too where it is serial.
 
     python benchmarks/replication.py --types Q2_K --steps 150
 """
@@ -50,7 +51,7 @@ from rondel.quant.replication_cost import (  # noqa: E402
     stored_bytes,
 )
 from rondel.quant.replication_trial import Trial, windows_of  # noqa: E402
-from rondel.quant.rivals import Rivals  # noqa: E402
+from rondel.quant.rivals import Rival, Rivals  # noqa: E402
 from rondel.quant.screening import Screened, screen  # noqa: E402
 from rondel.quant.student import Student, base_path  # noqa: E402
 from rondel.quant.workers import Workers  # noqa: E402
@@ -163,9 +164,13 @@ class Table:
         found = list(self.workers.map(some, windows.split(PIECE)))
         return Losses(np.concatenate([one.nll for one in found]), np.concatenate([one.kl for one in found]))
 
-    def leave_out(self, name: str, why: str) -> None:
-        """A row without numbers."""
-        self.rows.append({"row": name, "note": why, "texts": {}})
+    def rival(self, name: str, student: Student, rival: Rival | None, budget: int) -> None:
+        """A row of what so many bytes buy; without numbers where they buy nothing."""
+        if rival is None:
+            self.rows.append({"row": name, "note": f"{budget} bytes buy nothing that helps", "texts": {}})
+            return
+        changed = rival.changed[0] if len(rival.changed) == 1 else f"{len(rival.changed)} matrices"
+        self.judge(name, student, "B1", weights=rival.weights, bytes=rival.bytes, read=rival.read, note=changed)
 
 
 def best(found: Sequence[Screened], config: ChoiceConfig, student: Student) -> tuple[CopyPlan, Screened]:
@@ -181,7 +186,6 @@ def measured(case: Case, texts: Sequence[Path], type_: str, options: argparse.Na
     """All rows of one type."""
     source, teacher = open_checkpoint(rounded(case, type_, options)), open_checkpoint(case.model)
     config = ReplicateConfig(steps=options.steps, seed=SEED, tokens=options.tokens)
-    choice = ChoiceConfig.of(config)
     seen = windows_of(source, [case.calibration], config)
     context = seen.windows.shape[1]
     judged = {text.name: _windows(source, text, context, options.windows) for text in texts}
@@ -191,50 +195,54 @@ def measured(case: Case, texts: Sequence[Path], type_: str, options: argparse.Na
         rows.judge("T", trial.teacher, None)
         rows.judge("B0", trial.student, None)
         trial.tune()
-        student, fit = trial.student, trial.splits.fit
-        rows.judge("B1", student, "B0")
-        aligned = align(student, trial.teacher, fit)
-        if aligned is None:
-            raise SystemExit(f"{source.root}: its layers do not compare with those of {teacher.root}")
-        plan, screened = best(screen(student, aligned, fit, workers), choice, student)
-        opened = plan.opening()
-        sets = fit_copies(student, trial.teacher, fit, plan.replication, opened, choice, workers=workers)
-        found = with_sets(plan.replication, sets)
-        stored, read = stored_bytes(found), read_bytes(found, source)
-        costs: dict[str, Any] = {"bytes": stored, "read": read, "compute": extra_compute(found, source)}
-        rows.judge("R", student, "B1", found, **costs, note=", ".join(map(str, plan.copies)))
-        other = (plan.layers[0] + student.layers // 2) % student.layers
-        rows.judge("R-shuffled", student, "B1", on_layer(plan, other, choice, found), **costs, note=f"on {other}")
-        rivals = Rivals(student, trial.teacher, fit, config, workers)
-        gains = rivals.gains(found)
-        caches = kv_bytes(found, source, context)
-        made = {
-            "gains": (gains, 0, "the branches scaled, not run again"),
-            "L": (rivals.low_rank(stored), stored, ""),
-            "M-bytes": (rivals.more_bits(stored + caches), stored + caches, ""),
-            "M-bandwidth": (rivals.more_bits(read), read, ""),
-        }
-        for name, (rival, budget, note) in made.items():
-            if rival is None:
-                rows.leave_out(name, f"{budget} bytes buy nothing that helps")
-                continue
-            sizes: dict[str, Any] = {"bytes": rival.bytes, "read": rival.read}
-            rows.judge(name, student, "B1", weights=rival.weights, **sizes, note=note or _changes(rival.changed))
-        float_plan = CopyPlan(plan.copies, trial.teacher, choice)
-        fitted = fit_to_text(trial.teacher, float_plan, fit, workers, options.steps)
-        rows.judge("FP-R", trial.teacher, "T", fitted, **costs)
-        answer = _answer(trial, screened, found, gains.weights)
+        rows.judge("B1", trial.student, "B0")
+        plan, answer = _copies_and_rivals(trial, rows, context)
     return {
         "type": type_,
         "rows": rows.rows,
         "copy": [str(copy) for copy in plan.copies],
         "replicate": answer,
-        "kv_bytes": caches,
         "context": context,
-        "fitted_on": int(fit.numel()),
+        "fitted_on": int(trial.splits.fit.numel()),
         "steps": options.steps,
         "predictions": {text: int(windows.shape[0] * (context - 1)) for text, windows in judged.items()},
     }
+
+
+def _copies_and_rivals(trial: Trial, rows: Table, context: int) -> tuple[CopyPlan, str]:
+    """The rows behind B1: the copy of R, and what `rondel replicate` makes of it."""
+    student, fit, workers, choice = trial.student, trial.splits.fit, trial.workers, ChoiceConfig.of(trial.config)
+    source = student.source
+    aligned = align(student, trial.teacher, fit)
+    if aligned is None:
+        raise SystemExit(f"{source.root}: its layers do not compare with those of the float model")
+    screening = screen(student, aligned, fit, workers)
+    plan, screened = best(screening, choice, student)
+    serial, _ = best([one for one in screening if one.mode == "serial"], choice, student)
+
+    def fitted(name: str, wanted: CopyPlan) -> tuple[Replication, dict[str, Any]]:
+        sets = fit_copies(student, trial.teacher, fit, wanted.replication, wanted.opening(), choice, workers=workers)
+        made = with_sets(wanted.replication, sets)
+        costs: dict[str, Any] = {"bytes": stored_bytes(made), "read": read_bytes(made, source)}
+        costs["compute"] = extra_compute(made, source)
+        rows.judge(name, student, "B1", made, **costs, note=", ".join(map(str, wanted.copies)))
+        return made, costs
+
+    found, costs = fitted("R", plan)
+    again, again_costs = (found, costs) if serial.copies == plan.copies else fitted("R-serial", serial)
+    other = (plan.layers[0] + student.layers // 2) % student.layers
+    rows.judge("R-shuffled", student, "B1", on_layer(plan, other, choice, found), **costs, note=f"on {other}")
+    rivals = Rivals(student, trial.teacher, fit, trial.config, workers)
+    gains = rivals.gains(found)
+    rows.judge("gains", student, "B1", weights=gains.weights, note="the branches scaled, not run again")
+    memory = stored_bytes(again) + kv_bytes(again, source, context)
+    rows.rival("L", student, rivals.low_rank(stored_bytes(found)), stored_bytes(found))
+    rows.rival("M-bytes", student, rivals.more_bits(memory), memory)
+    rows.rival("M-bandwidth", student, rivals.more_bits(again_costs["read"]), again_costs["read"])
+    float_plan = CopyPlan(plan.copies, trial.teacher, choice)
+    to_text = fit_to_text(trial.teacher, float_plan, fit, workers, trial.config.steps)
+    rows.judge("FP-R", trial.teacher, "T", to_text, **costs)
+    return plan, _answer(trial, screened, found, gains.weights)
 
 
 def _answer(trial: Trial, screened: Screened, found: Replication, gains: Any) -> str:
@@ -250,10 +258,6 @@ def _answer(trial: Trial, screened: Screened, found: Replication, gains: Any) ->
 
 def _windows(source: Checkpoint, text: Path, context: int, count: int) -> torch.Tensor:
     return tokenize(source, [text], tokens=count * context, context=context, seed=None).windows
-
-
-def _changes(changed: Sequence[str]) -> str:
-    return changed[0] if len(changed) == 1 else f"{len(changed)} matrices"
 
 
 def _progress(done: int, total: int, what: str) -> None:
