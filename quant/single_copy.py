@@ -8,11 +8,12 @@ Tweaking, Li et al. 2023; LLM-QAT, Liu et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.folder import Packed
@@ -28,6 +29,9 @@ from rondel.quant.workers import Workers
 RATES = Rates(factors=1e-3, codes=2e-2, inner=2e-2)  # Adam's: a code has to be pushed for dozens of steps
 NORM_RATE = 5e-4
 BATCH = 4  # windows a step
+LABEL_STEPS = 5  # one step in so many more follows, of the norms alone, on the text itself beside the teacher
+LABEL_SHARE = 0.1  # of the loss in them: a token is a far noisier target than a distribution
+LABEL_RATE = 2e-3
 
 
 class TuneConfig(Protocol):
@@ -116,12 +120,45 @@ def tune(
     with open_workers(workers) as crew:
         plan = batches(len(splits.fit), config.steps, BATCH, config.seed)
         descend_through(fit.leaves(), fit.weights, loss, plan, crew, after)
-    stored = fit.stored()
-    weights = {name: _computed(value).to(student.device, student.dtype) for name, value in stored.items()}
-    before = token_losses(student, remembered, splits.select).told()
-    after_tuning = token_losses(student, remembered, splits.select, weights=weights).told()
-    report = {"before": before, "after": after_tuning, "kept": after_tuning["kl"] < before["kl"]}
+        stored = fit.stored()
+        weights = {name: _computed(value).to(student.device, student.dtype) for name, value in stored.items()}
+        before = token_losses(student, remembered, splits.select).told()
+        tuned = token_losses(student, remembered, splits.select, weights=weights).told()
+        norms = _towards_text(student, remembered, splits, config, weights, list(fit.norms), crew)
+        nearer = token_losses(student, remembered, splits.select, weights=weights | norms).told()
+    labels = nearer["nll"] < tuned["nll"] and nearer["kl"] <= tuned["kl"]
+    if labels:
+        tuned, weights = nearer, weights | norms
+        stored |= {name: norm.float().cpu() for name, norm in norms.items()}
+    report = {"before": before, "after": tuned, "labels": labels, "kept": tuned["kl"] < before["kl"]}
     return Tuned(stored, weights, report) if report["kept"] else Tuned({}, {}, report)
+
+
+def _towards_text(  # noqa: PLR0917 (two models, the text, what is tuned already, and who works)
+    student: Student,
+    teacher: RememberedTeacher,
+    splits: Splits,
+    config: TuneConfig,
+    weights: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    crew: Workers,
+) -> dict[str, torch.Tensor]:
+    """The norms after some steps on the divergence and a share of the text's own negative log-likelihood.
+
+    Divergence alone comes nearer to the teacher, and may move what is left of the error against the text.
+    """
+    gains = {name: torch.ones_like(weights[name]) for name in names}
+
+    def loss(window: int, norms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tokens = splits.fit[window][None]
+        logits = student.logits(tokens, weights={**weights, **norms})
+        likelihood = cross_entropy(logits[0, :-1], tokens[0, 1:].to(student.device))
+        return (1 - LABEL_SHARE) * divergence(logits, teacher.logits(tokens)) + LABEL_SHARE * likelihood
+
+    plan = batches(len(splits.fit), config.steps // LABEL_STEPS, BATCH, config.seed + 1)
+    leaves = [Leaf(gain, LABEL_RATE) for gain in gains.values()]
+    descend_through(leaves, lambda: {name: weights[name] * gain for name, gain in gains.items()}, loss, plan, crew)
+    return {name: weights[name] * gain for name, gain in gains.items()}
 
 
 def _computed(value: torch.Tensor | Packed) -> torch.Tensor:
