@@ -37,7 +37,7 @@ TextOption = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="UTF-8 text to fit on; its last quarter judges. Needs --teacher. May be repeated.",
+        help="UTF-8 text: three pieces of it to fit on, choose by and judge by. Needs --teacher. May be repeated.",
     ),
 ]
 LayerOption = Annotated[

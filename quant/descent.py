@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import log_softmax
@@ -20,6 +21,20 @@ Loss = Callable[[int], torch.Tensor]  # of one window, by its number: a scalar
 After = Callable[[int, float], bool]
 Made = Mapping[str, torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
+
+
+class DescentConfig(Protocol):
+    """What of a configuration a descent follows."""
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the order of windows."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ too; other teachers teach by their logits alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rondel.converters.errors import RondelError
 from rondel.converters.replication import ATTENTION, FFN, Replication, Step
 from rondel.converters.replication_kinds import KINDS, kind_size
 from rondel.quant.alignment import Alignment, align
 from rondel.quant.descent import Leaf, batches, descend, divergence, open_workers
-from rondel.quant.student import MEAN, Student, Values, Weights
+from rondel.quant.student import MEAN, Student, Values, Weights, check_teacher
 from rondel.quant.workers import Workers
 
 STEPS = 150
@@ -208,6 +208,11 @@ def _leaves(sets: Sets) -> list[Leaf]:
     ]
 
 
+def with_sets(found: Replication, sets: Sequence[Values]) -> Replication:
+    """The same steps with other parameters, on the processor as files keep them."""
+    return replace(found, sets=tuple({kind: values.cpu().numpy() for kind, values in one.items()} for one in sets))
+
+
 def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its start and settings)
     student: Student,
     teacher: Student,
@@ -223,11 +228,7 @@ def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its st
     `parameters`: where to start; None: closed copies. Of `config`: steps (half on streams where there are any, half on
     logits), seed, batch (windows a step). The result is the same for any number of workers.
     """
-    if teacher.numbers.vocabulary != student.numbers.vocabulary:
-        raise RondelError(
-            f"{teacher.source.root}: the teacher has {teacher.numbers.vocabulary} tokens, the model has "
-            f"{student.numbers.vocabulary}; the teacher must be the float model that this one was quantized from"
-        )
+    check_teacher(student.source, teacher.source)
     sets = opening_sets(student, replication, parameters)
     if not any(_set_of(replication, step) for step in replication.steps):
         return sets

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from rondel.converters.replication import Replication
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.copy_plan import Copy, CopyPlan
-from rondel.quant.distill import fit_copies
+from rondel.quant.distill import fit_copies, with_sets
 from rondel.quant.gain_control import fit_gains
 from rondel.quant.judgement import DELTA, Losses, RememberedTeacher, Splits, Verdict, paired, token_losses
 from rondel.quant.screening import Screened
@@ -39,8 +38,7 @@ class TriedPlan:
     @property
     def replication(self) -> Replication:
         """The steps with the fitted parameters."""
-        sets = tuple({kind: np.asarray(values.cpu()) for kind, values in one.items()} for one in self.sets)
-        return replace(self.plan.replication, sets=sets)
+        return with_sets(self.plan.replication, self.sets)
 
     def failure(self, kl: float) -> str | None:
         """Why the plan is no better than a model that has `kl`, or than its gain control; None where it is."""

@@ -23,6 +23,7 @@ from rondel.converters.replication_keys import base_sha256
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replicate_config import ReplicateConfig
+from rondel.quant.replication_cost import stored_bytes
 from rondel.quant.replication_plan import (
     PARTS,
     Specification,
@@ -103,7 +104,7 @@ def plan(
         "layers": [asdict(one) | {"parts": part_names[one.parts]} for one in chosen],
         "steps": len(built.steps),
         "kv_slots": built.slots(),
-        "parameter_bytes": sum(2 * values.size for parameters in built.sets for values in parameters.values()),
+        "parameter_bytes": stored_bytes(built),
         "notes": notes,
     }
 

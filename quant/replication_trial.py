@@ -12,23 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rondel.converters.checkpoint import Checkpoint
-from rondel.converters.errors import RegressionError, RondelError
+from rondel.converters.errors import RegressionError
 from rondel.converters.lora import Factors as LoraFactors
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
 from rondel.quant import selection, single_copy
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.choice_config import ChoiceConfig
-from rondel.quant.distill import fit_copies
+from rondel.quant.distill import fit_copies, with_sets
 from rondel.quant.judgement import DELTA, Losses, RememberedTeacher, Verdict, paired, split, token_losses
 from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replicate_config import ReplicateConfig
 from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
 from rondel.quant.rivals import Rival, Rivals
-from rondel.quant.student import Student, base_path
+from rondel.quant.student import Student, base_path, check_teacher
 from rondel.quant.tuned_or_copied import copies_instead_of_tuning
 from rondel.quant.workers import Workers
 
@@ -68,11 +66,7 @@ class Trial:
         device: str = "cpu",
         progress: Progress = silent,
     ) -> None:
-        if teacher.numbers.vocabulary != source.numbers.vocabulary:
-            raise RondelError(
-                f"{teacher.root}: the teacher has {teacher.numbers.vocabulary} tokens, the model has "
-                f"{source.numbers.vocabulary}; the teacher must be the float model that this one was quantized from"
-            )
+        check_teacher(source, teacher)
         self.model, self.text, self.config = source, text, config
         self.workers, self.device, self.progress = workers, device, progress
         self.splits = split(text.windows, text.windows.shape[1])
@@ -138,7 +132,7 @@ class Trial:
         """The copies of an explicit plan with parameters fitted to the teacher."""
         self.progress(0, 1, "fitting the copies")
         sets = fit_copies(self.student, self.teacher, self.splits.fit, found, None, self.config, workers=self.workers)
-        return replace(found, sets=tuple({kind: np.asarray(values) for kind, values in one.items()} for one in sets))
+        return with_sets(found, sets)
 
     def look(self) -> selection.Choice:
         """The automatic choice of copies on the single copy as it is now."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import torch
 
@@ -25,6 +24,7 @@ from rondel.native.formats import decode, encode, format_bytes
 from rondel.quant import low_rank
 from rondel.quant.candidates import candidates
 from rondel.quant.deficits import Deficit, deficits
+from rondel.quant.descent import DescentConfig
 from rondel.quant.gain_control import fit_gains
 from rondel.quant.low_rank import Factors
 from rondel.quant.output_error import every
@@ -36,20 +36,6 @@ WINDOWS = 16  # of the fitting text, by which matrices are compared
 COMPARED = 32  # matrices that are rounded anew; the others lose less a byte
 TRIED = 3  # larger formats of each of them
 MOST_RANKS = 64  # of one matrix
-
-
-class FitConfig(Protocol):
-    """How long anything is fitted."""
-
-    @property
-    def steps(self) -> int:
-        """Of Adam."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the order of windows."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class Rivals:
     """The rivals of copies of one student, the tuned single copy, on token windows (n, context) to fit on."""
 
     def __init__(
-        self, student: Student, teacher: Student, windows: torch.Tensor, config: FitConfig, workers: Workers
+        self, student: Student, teacher: Student, windows: torch.Tensor, config: DescentConfig, workers: Workers
     ) -> None:
         self.student, self.teacher, self.windows = student, teacher, windows
         self.config, self.workers = config, workers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -20,7 +20,7 @@ from rondel.converters.folder import Packed
 from rondel.converters.progress import Progress, silent
 from rondel.native.formats import decode
 from rondel.quant.block_scales import has_scales
-from rondel.quant.descent import Leaf, batches, descend_through, divergence, open_workers
+from rondel.quant.descent import DescentConfig, Leaf, batches, descend_through, divergence, open_workers
 from rondel.quant.fitted_matrix import FittedMatrix, Rates
 from rondel.quant.judgement import RememberedTeacher, Splits, token_losses
 from rondel.quant.student import Student
@@ -32,20 +32,6 @@ BATCH = 4  # windows a step
 LABEL_STEPS = 5  # one step in so many more follows, of the norms alone, on the text itself beside the teacher
 LABEL_SHARE = 0.1  # of the loss in them: a token is a far noisier target than a distribution
 LABEL_RATE = 2e-3
-
-
-class TuneConfig(Protocol):
-    """What of a ReplicateConfig the tuning follows."""
-
-    @property
-    def steps(self) -> int:
-        """Of the descent."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the windows' order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ def tune(
     student: Student,
     teacher: Student,
     splits: Splits,
-    config: TuneConfig,
+    config: DescentConfig,
     *,
     workers: Workers | None = None,
     progress: Progress = silent,
@@ -138,7 +124,7 @@ def _towards_text(  # noqa: PLR0917 (two models, the text, what is tuned already
     student: Student,
     teacher: RememberedTeacher,
     splits: Splits,
-    config: TuneConfig,
+    config: DescentConfig,
     weights: Mapping[str, torch.Tensor],
     names: Sequence[str],
     crew: Workers,

@@ -50,6 +50,15 @@ def check_dense(source: Checkpoint, verb: str) -> None:
         )
 
 
+def check_teacher(source: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher whose answers are about other tokens."""
+    if teacher.numbers.vocabulary != source.numbers.vocabulary:
+        raise RondelError(
+            f"{teacher.root}: the teacher has {teacher.numbers.vocabulary} tokens, the model has "
+            f"{source.numbers.vocabulary}; the teacher must be the float model that this one was quantized from"
+        )
+
+
 class Student:
     """The forward pass of `source`, float or quantized, on token windows (b, n); runs the replication it records.
 
