@@ -53,6 +53,15 @@ class Transform:
         check(lib.rondel_hadamard_rows(self._made, ffi.from_buffer("float[]", rows, require_writable=True), len(rows)))
 
 
+def aligned(values: np.ndarray) -> np.ndarray:
+    """The values at an address that 64 divides, as the runtime's own rows are."""
+    memory = np.empty(values.nbytes + 64, np.uint8)
+    skipped = -memory.ctypes.data % 64
+    rows = memory[skipped : skipped + values.nbytes].view(values.dtype).reshape(values.shape)
+    rows[:] = values
+    return rows
+
+
 def seconds(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
     """Time of one call."""
     start = time.perf_counter()
@@ -63,7 +72,7 @@ def seconds(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
 def cycles_of(size: int, block: int, rounds: int, sets: list[str]) -> list[float]:
     """Cycles an element: the least time of each set, less that of a call without rows, at the fastest clock seen."""
     transform = Transform(size, block)
-    rows = np.random.default_rng(1).standard_normal((max(1, CHANNELS // size), size)).astype(np.float32)
+    rows = aligned(np.random.default_rng(1).standard_normal((max(1, CHANNELS // size), size)).astype(np.float32))
     spent, empty, clock = dict.fromkeys(sets, inf), inf, 0.0
     for _ in range(rounds):
         for isa in sets:
@@ -106,7 +115,7 @@ def print_share(width: int, hidden: int, rounds: int, threads: int) -> None:
         for _ in range(rounds):
             products = seconds(matmul, "Q2_K", gate, hidden, width, x, threads=threads)
             products += seconds(matmul, "Q2_K", up, hidden, width, x, threads=threads)
-            y = random.standard_normal((1, hidden)).astype(np.float32)
+            y = aligned(random.standard_normal((1, hidden)).astype(np.float32))
             turning = seconds(transform, y)
             products += seconds(matmul, "Q2_K", down, width, hidden, y, threads=threads)
             pairs.append((turning, products))

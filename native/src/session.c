@@ -77,8 +77,8 @@ static int allocate_scratch(struct rondel_session *session) {
     uint64_t attention = attention_scratch(session->context, numbers->head_dim);
     uint64_t channels = (uint64_t)(numbers->hidden > numbers->width ? numbers->hidden : numbers->width);
     if (channels < (uint64_t)numbers->head_dim) channels = (uint64_t)numbers->head_dim;
-    uint64_t rotation = (channels * sizeof(float) + 63) / 64 * 64;
-    session->thread_bytes = attention > rotation ? attention : rotation;
+    uint64_t rotation = channels * sizeof(float);
+    session->thread_bytes = ((attention > rotation ? attention : rotation) + 63) / 64 * 64;
     session->thread_scratch = allocate(session, session->thread_bytes * (uint64_t)pool_threads(session->pool));
     return session->thread_scratch ? 0 : -1;
 }
