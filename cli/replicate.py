@@ -166,7 +166,7 @@ def replicate(
     kv: CopiesCacheOption = None,
     gate: GateOption = None,
     context: ContextOption = None,
-    tokens: TokensOption = 262144,
+    tokens: TokensOption = 524288,
     steps: StepsOption = 150,
     tune: TuneOption = None,
     prefer: PreferOption = "none",

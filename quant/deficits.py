@@ -28,6 +28,16 @@ class Deficit:
     moment: torch.Tensor  # (cols, cols) float64: the mean of x x^T of its inputs
     gradient: torch.Tensor  # (rows, cols): of the mean divergence, nats a token
 
+    @property
+    def wanted(self) -> torch.Tensor:
+        """W (rows, cols)."""
+        return (self.stored + self.missing).contiguous()
+
+    def missed(self, weights: torch.Tensor) -> float:
+        """The mean squared error of the outputs that `weights` give in the place of W."""
+        error = (self.wanted - weights).double()
+        return float(((error @ self.moment.double()) * error).sum())
+
     def gain(self, change: torch.Tensor) -> float:
         """How much nearer the student comes to its teacher if `change` is added, in nats a token, to first order."""
         return -float((self.gradient.double() * change.double()).sum())

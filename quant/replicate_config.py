@@ -15,7 +15,7 @@ class ReplicateConfig:
     kv: Literal["own", "shared"] | None = None  # keys and values of copies; None: own if serial, shared if parallel
     strict: bool = False  # refuse readers that would run the base path alone
     context: int | None = None  # tokens of a window; None: 512, or the model's context where that is shorter
-    tokens: int = 262144  # the most to fit and to decide with
+    tokens: int = 524288  # the most to fit and to decide with
     steps: int = 150  # of every optimization
     mode: Literal["auto", "serial", "parallel", "mixed", "none"] = "auto"  # of chosen copies
     candidates: tuple[int, ...] | None = None  # layers that may have chosen copies; None: all

@@ -20,11 +20,13 @@ import torch
 from rondel.converters.lora import HALF_BYTES
 from rondel.converters.replication import ATTENTION, FFN, Replication
 from rondel.converters.tiles import TILE_FORMATS
-from rondel.native.formats import decode, encode, format_bytes
+from rondel.native.formats import decode, encode, feeds_back, format_bytes
 from rondel.quant import low_rank
 from rondel.quant.candidates import candidates
 from rondel.quant.deficits import Deficit, deficits
 from rondel.quant.descent import DescentConfig
+from rondel.quant.factorization import factorize
+from rondel.quant.feedback import feed_back
 from rondel.quant.gain_control import fit_gains
 from rondel.quant.low_rank import Factors
 from rondel.quant.output_error import every
@@ -110,17 +112,27 @@ class Rivals:
         for tensor, choices in self._worst(budget, finer).items():
             one, info = self.deficits[tensor], self.student.source.info(tensor)
             importance = one.moment.diagonal().float().cpu().numpy()
-            wanted = (one.stored + one.missing).contiguous().cpu().numpy()
             for format, extra in choices:
-                rounded = torch.from_numpy(decode(format, encode(format, wanted, importance), *info.shape))
-                gain = one.gain(rounded.to(one.stored.device) - one.stored)
-                offers.append((-gain / extra, tensor, format, extra, rounded))
+                packed = encode(format, one.wanted.cpu().numpy(), importance)
+                rounded = torch.from_numpy(decode(format, packed, *info.shape)).to(one.stored.device)
+                offers.append((-one.gain(rounded - one.stored) / extra, tensor, format, extra, rounded))
         weights, changed, left = {}, [], budget
         for loss, tensor, format, extra, rounded in sorted(offers, key=lambda offer: offer[:3]):
             if loss < 0 and extra <= left and tensor not in weights:
-                weights[tensor], left = rounded.to(self.student.device, self.student.dtype), left - extra
+                better = self._fed_back(tensor, format, rounded)
+                weights[tensor], left = better.to(self.student.device, self.student.dtype), left - extra
                 changed.append(f"{tensor} {format}")
         return Rival(name, budget - left, budget - left, weights, tuple(changed)) if weights else None
+
+    def _fed_back(self, tensor: str, format: str, plain: torch.Tensor) -> torch.Tensor:
+        """The matrix rounded with error feedback, as `quantize` would, where that misses less of its outputs."""
+        one = self.deficits[tensor]
+        if not feeds_back(format):
+            return plain
+        factor = factorize(one.moment.cpu().clone())
+        packed = feed_back(one.wanted.cpu(), factor, format, self.workers)
+        fed_back = torch.from_numpy(decode(format, packed, *plain.shape)).to(plain.device)
+        return min(plain, fed_back, key=one.missed)
 
     def _worst(self, budget: int, finer: bool) -> dict[str, list[tuple[str, int]]]:
         """The matrices whose whole error costs most a byte of a larger format, and the formats that the budget buys."""

@@ -11,6 +11,7 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.folder import Packed
+from rondel.quant import single_copy
 from rondel.quant.block_codes import read_numbers, with_numbers
 from rondel.quant.judgement import Splits, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
@@ -25,6 +26,8 @@ SPLITS = Splits(DRAWN[:120], DRAWN[120:130], DRAWN[130:])
 CONFIG = SimpleNamespace(steps=30, seed=1)
 BETTER = 0.97  # of the divergence before: a fit that moved nothing stays at 1
 FLIPPED = 0.02  # of the codes of a planted perturbation
+FEW_TOKENS = 8  # of a text that no model here expects
+LEARNT = 0.05  # nats of such a text: about half of what thirty steps win
 RETURNED = 0.5  # of its divergence at most that remains: half of what was planted comes back
 
 
@@ -72,6 +75,27 @@ def test_codes_that_were_flipped_find_back(quantized: Checkpoint) -> None:
     before = token_losses(student, teacher, SPLITS.confirm).told()["kl"]
     after = token_losses(student, teacher, SPLITS.confirm, weights=found.weights).told()["kl"]
     assert after < RETURNED * before
+
+
+def test_text_teaches_norms_what_the_teacher_does_not_know(source: Checkpoint, quantized: Checkpoint) -> None:
+    few = Splits(*(piece % FEW_TOKENS for piece in (SPLITS.fit, SPLITS.select, SPLITS.confirm)))
+    found = tune(quantized, Student(quantized), Student(source), few, CONFIG)
+    assert found.report["labels"]
+    student, teacher = Student(quantized), Student(source)
+    before = token_losses(student, teacher, few.confirm).told()
+    after = token_losses(student, teacher, few.confirm, weights=found.weights).told()
+    assert after["nll"] < before["nll"] - LEARNT
+    assert after["kl"] < before["kl"]
+
+
+def test_norms_that_lose_more_divergence_than_they_win_are_left_out(
+    source: Checkpoint, quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = torch.full_like(quantized.read("output_norm.weight"), 3)
+    monkeypatch.setattr(single_copy, "_towards_text", lambda *_: {"output_norm.weight": norm})
+    found = tune(quantized, Student(quantized), Student(source), SPLITS, CONFIG)
+    assert found.report["labels"] is False
+    assert not torch.equal(found.weights["output_norm.weight"], norm)
 
 
 def test_a_model_that_lacks_nothing_stays(source: Checkpoint, tmp_path: Path) -> None:
