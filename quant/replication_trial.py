@@ -125,8 +125,10 @@ class Trial:
         lost = nll["input"] - nll["teacher"]
         if lost <= 0:
             return ""
-        share = self.told["tuning"]["won_back"] = (nll["input"] - nll["tuned"]) / lost
-        return f"; {share:.1%} of the likelihood that rounding lost is won back"
+        tuning = self.told["tuning"]
+        share = tuning["won_back"] = (nll["input"] - nll["tuned"]) / lost
+        partly = f", about {tuning['by_text']:.0%} of that by following the text itself" if tuning["by_text"] else ""
+        return f"; {share:.1%} of the likelihood that rounding lost is won back{partly}"
 
     def fit(self, found: Replication) -> Replication:
         """The copies of an explicit plan with parameters fitted to the teacher."""

@@ -109,15 +109,27 @@ def tune(
         stored = fit.stored()
         weights = {name: _computed(value).to(student.device, student.dtype) for name, value in stored.items()}
         before = token_losses(student, remembered, splits.select).told()
-        tuned = token_losses(student, remembered, splits.select, weights=weights).told()
+        taught = tuned = token_losses(student, remembered, splits.select, weights=weights).told()
         norms = _towards_text(student, remembered, splits, config, weights, list(fit.norms), crew)
         nearer = token_losses(student, remembered, splits.select, weights=weights | norms).told()
-    labels = nearer["nll"] + nearer["kl"] < tuned["nll"] + tuned["kl"]  # the text is as welcome as the teacher
+    labels = nearer["nll"] + nearer["kl"] < taught["nll"] + taught["kl"]  # the text is as welcome as the teacher
     if labels:
         tuned, weights = nearer, weights | norms
         stored |= {name: norm.float().cpu() for name, norm in norms.items()}
-    report = {"before": before, "after": tuned, "labels": labels, "kept": tuned["kl"] < before["kl"]}
+    report = {
+        "before": before,
+        "taught": taught,
+        "after": tuned,
+        "labels": labels,
+        "by_text": _by_text(before["nll"], taught["nll"], tuned["nll"]),
+        "kept": tuned["kl"] < before["kl"],
+    }
     return Tuned(stored, weights, report) if report["kept"] else Tuned({}, {}, report)
+
+
+def _by_text(before: float, taught: float, after: float) -> float:
+    """Which share of the likelihood won came with the steps towards the text: the teacher may lack that too."""
+    return min(max((taught - after) / (before - after), 0.0), 1.0) if after < before else 0.0
 
 
 def _towards_text(  # noqa: PLR0917 (two models, the text, what is tuned already, and who works)

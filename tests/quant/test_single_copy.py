@@ -81,6 +81,7 @@ def test_text_teaches_norms_what_the_teacher_does_not_know(source: Checkpoint, q
     few = Splits(*(piece % FEW_TOKENS for piece in (SPLITS.fit, SPLITS.select, SPLITS.confirm)))
     found = tune(quantized, Student(quantized), Student(source), few, CONFIG)
     assert found.report["labels"]
+    assert 0 < found.report["by_text"] <= 1
     student, teacher = Student(quantized), Student(source)
     before = token_losses(student, teacher, few.confirm).told()
     after = token_losses(student, teacher, few.confirm, weights=found.weights).told()
@@ -95,6 +96,7 @@ def test_norms_that_lose_more_divergence_than_they_win_are_left_out(
     monkeypatch.setattr(single_copy, "_towards_text", lambda *_: {"output_norm.weight": norm})
     found = tune(quantized, Student(quantized), Student(source), SPLITS, CONFIG)
     assert found.report["labels"] is False
+    assert found.report["by_text"] == 0
     assert not torch.equal(found.weights["output_norm.weight"], norm)
 
 
