@@ -193,9 +193,9 @@ def measured(case: Case, texts: Sequence[Path], type_: str, options: argparse.Na
         trial = Trial(source, teacher, seen, config, workers=workers, progress=_progress)
         rows = Table(judged, trial.teacher, workers)
         rows.judge("T", trial.teacher, None)
-        rows.judge("B0", trial.student, None)
+        rows.judge("B0", trial.input.student, None)
         trial.tune()
-        rows.judge("B1", trial.student, "B0")
+        rows.judge("B1", trial.single.student, "B0")
         plan, answer = _copies_and_rivals(trial, rows, context)
     return {
         "type": type_,
@@ -211,7 +211,8 @@ def measured(case: Case, texts: Sequence[Path], type_: str, options: argparse.Na
 
 def _copies_and_rivals(trial: Trial, rows: Table, context: int) -> tuple[CopyPlan, str]:
     """The rows behind B1: the copy of R, and what `rondel replicate` makes of it."""
-    student, fit, workers, choice = trial.student, trial.splits.fit, trial.workers, ChoiceConfig.of(trial.config)
+    student, workers, choice = trial.single.student, trial.workers, ChoiceConfig.of(trial.config)
+    fit = trial.splits.fit
     source = student.source
     aligned = align(student, trial.teacher, fit)
     if aligned is None:
@@ -250,8 +251,9 @@ def _answer(trial: Trial, screened: Screened, found: Replication, gains: Any) ->
     why = screened.failure()
     if why:
         return f"none: it {why}"
-    copies, scaled = trial.losses(found), trial.losses(weights=gains)
-    verdicts: list[Verdict] = [paired(copies.kl, one.kl, SEED) for one in (trial.base, scaled)]
+    student, base = trial.single.student, trial.single.losses
+    copies, scaled = trial.losses(student, found), trial.losses(student, weights=gains)
+    verdicts: list[Verdict] = [paired(copies.kl, one.kl, SEED) for one in (base, scaled)]
     kept = verdicts[0].better() and verdicts[1].better(0)
     return "kept" if kept else "none: text that chose nothing does not confirm it"
 

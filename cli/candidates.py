@@ -9,7 +9,7 @@ from typing import Any
 from rondel.cli import console
 
 HEAD = ("candidate", "bytes more", "read more", "compute more", "KL", "NLL")
-NAMES = {"input": "as it was", "tuned": "tuned", "copies": "copies"}
+NAMES = {"input": "as it was", "tuned": "tuned", "base": "base path", "copies": "copies"}
 
 
 def compared(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ INSIDE = 12  # pixels from the axis to what costs nothing
 LINE = 12  # pixels of a label's height
 MARGIN = 0.08  # of the range of the losses, above and below
 TICKS = 4
-MODEL = ("as it was", "tuned")  # rows of `compared` that are the model itself
+MODEL = ("as it was", "tuned", "base path")  # rows of `compared` that are the model itself
 
 Axis = Callable[[float], float]  # a share of the width
 Point = dict[str, Any]

@@ -199,13 +199,24 @@ def _ridge(fit: Distillation, sets: Sets, layer: int, windows: range, workers: W
         values[f"gate_{part}"] = opened
 
 
-def _leaves(sets: Sets) -> list[Leaf]:
+def fitted_leaves(sets: Sets) -> list[Leaf]:
+    """What a descent moves of parameter sets."""
     return [
         Leaf(values, GATE_RATE if kind.startswith("gate") else GAIN_RATE)
         for one in sets
         for kind, values in one.items()
         if kind in FITTED
     ]
+
+
+def halves(sets: Sequence[Values]) -> Sets:
+    """The values that files keep, float16."""
+    return [{kind: values.detach().half().float() for kind, values in one.items()} for one in sets]
+
+
+def values_of(found: Replication) -> Sets:
+    """The recorded parameters as tensors, a dict a set."""
+    return [{kind: torch.from_numpy(values).float() for kind, values in one.items()} for one in found.sets]
 
 
 def with_sets(found: Replication, sets: Sequence[Values]) -> Replication:
@@ -240,5 +251,5 @@ def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its st
         if fit.aligned:
             for layer in fit.spans:
                 _ridge(fit, sets, layer, range(min(len(windows), RIDGE_WINDOWS)), crew)
-        fit.descend(_leaves(sets), steps, batch, seed, crew)
-    return [{kind: values.detach().half().float() for kind, values in one.items()} for one in sets]
+        fit.descend(fitted_leaves(sets), steps, batch, seed, crew)
+    return halves(sets)

@@ -1,7 +1,7 @@
 """Replicate: layers that run more than once on shared weights, each copy with parameters of its own.
 
 A plan is explicit, one specification a layer (see replication_plan.py), or chosen (selection.py), where there is a
-teacher and text. Then the single copy is tuned first, and copies are fitted, judged and compared (replication_trial).
+teacher and text. Then the single copy is tuned first, and copies are fitted, judged and compared (replication_outcome).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replicate_config import ReplicateConfig
 from rondel.quant.replication_cost import stored_bytes
+from rondel.quant.replication_outcome import decide
 from rondel.quant.replication_plan import (
     PARTS,
     Specification,
@@ -32,7 +33,7 @@ from rondel.quant.replication_plan import (
     redundant,
     specifications,
 )
-from rondel.quant.replication_trial import decide, windows_of
+from rondel.quant.replication_trial import windows_of
 from rondel.quant.stage import stage_record
 from rondel.quant.workers import check_device
 

@@ -1,4 +1,4 @@
-"""Owns the way from a quantized model, its teacher and text to a result: tune, choose or fit, judge, compare.
+"""Owns the steps from a quantized model, its teacher and text to a result: tune, choose or fit, judge, compare.
 
 The text is cut in three: one piece fits, one chooses, and one that did neither tells what came of it, token by token
 against the same model without copies. All is measured against the tuned single copy, and beside what other uses of the
@@ -8,16 +8,15 @@ same bytes gain.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rondel.converters.checkpoint import Checkpoint
 from rondel.converters.errors import RegressionError
-from rondel.converters.lora import Factors as LoraFactors
+from rondel.converters.lora import Factors
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
-from rondel.quant import selection, single_copy
 from rondel.quant.calibration_text import CalibrationText, tokenize
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.distill import fit_copies, with_sets
@@ -26,21 +25,22 @@ from rondel.quant.replaced_view import ReplacedView
 from rondel.quant.replicate_config import ReplicateConfig
 from rondel.quant.replication_cost import copy_of_every_layer, extra_compute, model_bytes, read_bytes, stored_bytes
 from rondel.quant.rivals import Rival, Rivals
-from rondel.quant.student import Student, base_path, check_teacher
-from rondel.quant.tuned_or_copied import copies_instead_of_tuning
+from rondel.quant.selection import Choice, choose
+from rondel.quant.single_copy import tune
+from rondel.quant.student import Student, Weights, base_path, check_teacher
+from rondel.quant.tuned_together import Together, nearer_together
 from rondel.quant.workers import Workers
 
 CONTEXT = 512  # tokens of a window, where the model has as many
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a trial ended with; `told` has what was measured, for the stage's record."""
+class Way:
+    """A model that a trial may end with, its forward pass, and its losses without copies on the text that judges."""
 
-    model: Checkpoint  # the single copy, tuned or as it was
-    replication: Replication | None  # with fitted parameters and its evaluation
-    told: dict[str, Any]
-    correction: Mapping[str, LoraFactors] = field(default_factory=dict)  # by tensor name, where it is preferred
+    model: Checkpoint
+    student: Student
+    losses: Losses
 
 
 def windows_of(source: Checkpoint, text: Sequence[Path], config: ReplicateConfig) -> CalibrationText:
@@ -67,32 +67,34 @@ class Trial:
         progress: Progress = silent,
     ) -> None:
         check_teacher(source, teacher)
-        self.model, self.text, self.config = source, text, config
+        self.text, self.config = text, config
         self.workers, self.device, self.progress = workers, device, progress
         self.splits = split(text.windows, text.windows.shape[1])
         self.teacher = Student(teacher, device=device)
-        self.student = Student(source, device=device)
         self._remembered = RememberedTeacher(self.teacher)
         self.told: dict[str, Any] = {"losses": {}, "bytes": model_bytes(source), "notes": [], "warnings": []}
-        self.base = self._note_losses("input", self.losses())
-        self._input = self.model, self.student, self.base
+        self.input = self._way("input", source, Student(source, device=device))
+        self.single = self.taken = self.input  # the best model without copies, and the one that copies run on
         self.copies: Losses | None = None
         self._note_losses("teacher", token_losses(self.teacher, self._remembered, self.splits.confirm))
 
-    def losses(self, found: Replication | None = None, weights: Any = None) -> Losses:
-        """Of the student on the text that judges: its base path, or with copies, or with other weights."""
-        path = found or base_path(self.student.layers)
-        return token_losses(self.student, self._remembered, self.splits.confirm, path, weights=weights)
+    def losses(self, student: Student, found: Replication | None = None, weights: Weights | None = None) -> Losses:
+        """On the text that judges: of the base path, or with copies, or with other weights."""
+        path = found or base_path(student.layers)
+        return token_losses(student, self._remembered, self.splits.confirm, path, weights=weights)
 
     def _note_losses(self, name: str, found: Losses) -> Losses:
         self.told["losses"][name] = found.told()
         return found
 
+    def _way(self, name: str, model: Checkpoint, student: Student) -> Way:
+        return Way(model, student, self._note_losses(name, self.losses(student)))
+
     def tune(self) -> None:
         """Put the tuned single copy in the place of the model, unless it is worse on the text that judges."""
-        found = single_copy.tune(
-            self.model,
-            self.student,
+        found = tune(
+            self.input.model,
+            self.input.student,
             self.teacher,
             self.splits,
             self.config,
@@ -105,18 +107,15 @@ class Trial:
                 "the single copy stays as it is: tuning it did not help on text that tuned nothing"
             )
             return
-        model = ReplacedView(self.model, found.data)
-        student, before = self.student, self.base
-        self.student = Student(model, device=self.device)
-        tuned = self._note_losses("tuned", self.losses())
-        verdict = paired(tuned.kl, before.kl, self.config.seed)
+        model = ReplacedView(self.input.model, found.data)
+        tuned = self._way("tuned", model, Student(model, device=self.device))
+        verdict = paired(tuned.losses.kl, self.input.losses.kl, self.config.seed)
         self.told["tuning"] |= {"tensors": len(found.data), "kl": verdict.told()}
         if verdict.low > 0:
-            self.student = student
             self.told["tuning"]["kept"] = False
             self.told["notes"].append(f"the single copy stays as it is: {_changed('tuning it', verdict)}")
             return
-        self.model, self.base = model, tuned
+        self.single = self.taken = tuned
         self.told["notes"].append(f"tuned the single copy: {_changed('it', verdict)}{self._won_back()}")
 
     def _won_back(self) -> str:
@@ -133,62 +132,82 @@ class Trial:
     def fit(self, found: Replication) -> Replication:
         """The copies of an explicit plan with parameters fitted to the teacher."""
         self.progress(0, 1, "fitting the copies")
-        sets = fit_copies(self.student, self.teacher, self.splits.fit, found, None, self.config, workers=self.workers)
-        return with_sets(found, sets)
+        student, fit = self.single.student, self.splits.fit
+        return with_sets(found, fit_copies(student, self.teacher, fit, found, None, self.config, workers=self.workers))
 
-    def look(self) -> selection.Choice:
+    def look(self) -> Choice:
         """The automatic choice of copies on the single copy as it is now."""
         config = ChoiceConfig.of(self.config)
-        return selection.choose(
-            self.student, self.teacher, self.splits, config, workers=self.workers, progress=self.progress
+        return choose(
+            self.single.student, self.teacher, self.splits, config, workers=self.workers, progress=self.progress
         )
 
-    def choose(self, before: selection.Choice | None = None) -> Replication | None:
+    def choose(self, before: Choice | None = None) -> Replication | None:
         """Copies that surely help, fitted; None, and a note, where there are no such copies.
 
-        `before`: what was chosen before the tuning, which is taken back where that is the better way.
+        `before`: what was chosen before the tuning; it is tuned together with the model where that is the better way.
         """
-        untuned = self.model is self._input[0]
-        found = before if before and untuned else self.look()
-        log = [{**entry, "tuned": not untuned} for entry in found.log]
-        verdicts = {"against_base": found.verdict, "against_gains": found.control}
-        if before and not untuned:
+        tuned = self.single is not self.input
+        found = self.look() if tuned or not before else before
+        chosen, log = found.replication, [{**entry, "tuned": tuned} for entry in found.log]
+        against_tuned = None
+        if before and tuned:
             log = [*({**entry, "tuned": False} for entry in before.log), *log]
-            ways = (self._input[1], before), (self.student, found)
-            instead = copies_instead_of_tuning(*ways, self._remembered, self.splits, self.config.seed)
-            if instead:
-                self.model, self.student, self.base = self._input
-                found = before
-                verdicts = {"against_base": found.verdict, "against_gains": found.control, "against_tuned": instead}
-                self.told["tuning"]["kept"] = False
-                self.told["notes"].append(
-                    "the single copy stays as it came, because copies of it come nearer to the teacher than tuning; "
-                    f"against the tuned single copy, {_changed('they', instead)}"
-                )
+            together = self._together(before, found)
+            if together:
+                found, chosen, against_tuned = before, together.copies, together.verdict
+        verdicts = {"against_base": found.verdict, "against_gains": found.control, "against_tuned": against_tuned}
         self.told["log"] = log
         self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
         if found.base:
             self.told["choice"]["base"] = found.base
-        if found.replication is None:
+        if chosen is None:
             fitted = sum(entry["kl"] is not None for entry in log)
             self.told["notes"].append(
                 f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely "
                 f"better than the model without copies by {DELTA:g} nats a token, and than gains that cost nothing"
             )
-        return found.replication
+        return chosen
+
+    def _together(self, before: Choice, late: Choice) -> Together | None:
+        """Take the model as it came, tuned with the copies of `before` in place, if that is the better way."""
+        if before.replication is None:
+            return None
+        found = nearer_together(
+            self.input.model,
+            self.input.student,
+            before.replication,
+            (self.single.student, late),
+            self.teacher,
+            self.splits,
+            self.config,
+            workers=self.workers,
+            progress=self.progress,
+        )
+        if found:
+            model = ReplacedView(self.input.model, found.tuned.data)
+            self.taken = self._way("base", model, Student(model, device=self.device))
+            self.told["together"] = dict(found.tuned.report)
+            alone, base = (self.told["losses"][name]["kl"] for name in ("tuned", "base"))
+            self.told["notes"].append(
+                "copies are tuned together with the model as it came, because against the tuned single copy "
+                f"{_changed('they', found.verdict)}; a program that runs every layer once has KL {base:.5f} with this "
+                f"model, and {alone:.5f} with the single copy that --mode none writes"
+            )
+        return found
 
     def judge(self, found: Replication) -> Replication:
         """The copies with their evaluation, against the tuned single copy.
 
         Raises RegressionError where they surely harm and `config.allow_regression` is not set.
         """
-        base = self.base
-        copies = self.copies = self._note_losses("copies", self.losses(found))
+        base = self.taken.losses
+        copies = self.copies = self._note_losses("copies", self.losses(self.taken.student, found))
         divergence = paired(copies.kl, base.kl, self.config.seed)
         worse = divergence.low > 0
         if worse and not self.config.allow_regression:
             raise RegressionError(
-                f"{self.model.root}: the fitted copies make the model worse: mean KL from the teacher "
+                f"{self.taken.model.root}: the fitted copies make the model worse: mean KL from the teacher "
                 f"{base.told()['kl']:.5f} without and {copies.told()['kl']:.5f} with them on text that fitted nothing; "
                 "choose other layers, or write them all the same with --allow-regression"
             )
@@ -224,23 +243,23 @@ class Trial:
         self.told |= {"evaluation": dict(found.evaluation), "rivals": rows}
         self.told["costs"] = {
             "bytes": stored_bytes(found),
-            "read": read_bytes(found, self.model),
-            "compute": extra_compute(found, self.model),
+            "read": read_bytes(found, self.taken.model),
+            "compute": extra_compute(found, self.taken.model),
         }
         return found, better
 
-    def correct(self, found: Replication | None) -> Mapping[str, LoraFactors]:
+    def correct(self, found: Replication | None) -> Mapping[str, Factors]:
         """The low-rank correction in as many bytes as the copies take, or as a copy of every layer would.
 
         Empty where it is not surely better than no correction.
         """
         self.progress(0, 1, "fitting the low-rank correction")
-        budget = stored_bytes(found) if found else copy_of_every_layer(self.model)
+        budget = stored_bytes(found) if found else copy_of_every_layer(self.single.model)
         rival = self._rivals().low_rank(budget)
         if rival is None:
             self.told["notes"].append(f"no low-rank correction: {budget} bytes buy no rank of a matrix that helps")
             return {}
-        row, verdict = self._measured(rival, self.base)
+        row, verdict = self._measured(rival, self.single.losses)
         self.told["correction"] = row
         self.told["notes"].append(f"the low-rank correction of {rival.bytes} bytes: {_changed('it', verdict)}")
         if not verdict.high < 0:
@@ -250,11 +269,11 @@ class Trial:
         }
 
     def _rivals(self) -> Rivals:
-        return Rivals(self.student, self.teacher, self.splits.fit, self.config, self.workers)
+        return Rivals(self.single.student, self.teacher, self.splits.fit, self.config, self.workers)
 
     def _measured(self, rival: Rival, other: Losses) -> tuple[dict[str, Any], Verdict]:
-        """A rival for the record, with its losses and how they differ from `other`."""
-        losses = self.losses(weights=rival.weights)
+        """A rival for the record: its losses in the place of the single copy, and how they differ from `other`."""
+        losses = self.losses(self.single.student, weights=rival.weights)
         verdict = paired(losses.kl, other.kl, self.config.seed)
         row = {
             "name": rival.name,
@@ -275,46 +294,4 @@ def _changed(what: str, verdict: Verdict) -> str:
     return (
         f"{what} {helps}: mean KL from the teacher {verdict.mean:+.5f} nats a token "
         f"({verdict.low:+.5f} to {verdict.high:+.5f}) on {verdict.tokens} tokens that fitted nothing"
-    )
-
-
-def decide(
-    source: Checkpoint,
-    teacher: Checkpoint,
-    text: CalibrationText,
-    plan: Replication | None,
-    config: ReplicateConfig,
-    *,
-    threads: int | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Outcome:
-    """Tune the single copy, then fit the copies of `plan`, or choose copies, and judge them beside their rivals.
-
-    Chosen copies are left out where a rival is surely better, unless `config.prefer` says otherwise. Raises
-    RegressionError where those of `plan` surely harm and `config.allow_regression` is not set, RondelError as Trial.
-    """
-    with Workers(threads) as workers:
-        trial = Trial(source, teacher, text, config, workers=workers, device=device, progress=progress)
-        choosing = plan is None and config.mode != "none"
-        before = trial.look() if choosing and config.tune is not False else None
-        if config.tune is not False:
-            trial.tune()
-        found = trial.fit(plan) if plan else trial.choose(before) if choosing else None
-        if found:
-            found, better = trial.compare(trial.judge(found))
-            trial.told["warnings"] += [_beaten(row, found) for row in better]
-            if better and not plan and config.prefer == "none":
-                trial.told["notes"].append("no layer is replicated: its bytes have a better use; see --prefer")
-                found = None
-        correction = trial.correct(found) if config.prefer == "low-rank" else {}
-    return Outcome(trial.model, None if correction else found, trial.told, correction)
-
-
-def _beaten(rival: Mapping[str, Any], found: Replication) -> str:
-    """A rival that is surely better than the copies, for people."""
-    return (
-        f"{rival['name']} is better than the copies: mean KL from the teacher {rival['kl']:.5f} with {rival['bytes']} "
-        f"bytes more, {found.evaluation['kl_repl']:.5f} with the copies' {stored_bytes(found)}, "
-        f"{found.evaluation['kl_base']:.5f} without either"
     )

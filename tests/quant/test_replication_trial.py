@@ -185,7 +185,7 @@ def test_tuning_that_harms_on_unseen_text_is_taken_back(
 ) -> None:
     norm = torch.full_like(quantized.read("output_norm.weight"), 3)
     harmful = Tuned({"output_norm.weight": norm}, {"output_norm.weight": norm}, {"kept": True})
-    monkeypatch.setattr(replication_trial.single_copy, "tune", lambda *_, **__: harmful)
+    monkeypatch.setattr(replication_trial, "tune", lambda *_, **__: harmful)
     made = replicate(quantized, tmp_path / "out", TUNED, source, (text,))
     assert made.stages[-1]["result"]["tuning"]["kept"] is False
     assert any("stays as it is" in note for note in made.stages[-1]["result"]["notes"])
@@ -289,8 +289,10 @@ def test_chosen_copies_make_room_for_a_better_use_of_their_bytes(
 
     run = replication_trial.Trial.losses
 
-    def losses(self: replication_trial.Trial, found: Replication | None = None, weights: object = None) -> Losses:
-        return run(self, perfect if weights == {} else found, weights)
+    def losses(
+        self: replication_trial.Trial, student: Student, found: Replication | None = None, weights: object = None
+    ) -> Losses:
+        return run(self, student, perfect if weights == {} else found, weights)
 
     monkeypatch.setattr(replication_trial, "Rivals", Better)
     monkeypatch.setattr(replication_trial.Trial, "losses", losses)

@@ -11,13 +11,15 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.folder import Packed
+from rondel.converters.replication import Replication
 from rondel.quant import single_copy
 from rondel.quant.block_codes import read_numbers, with_numbers
 from rondel.quant.judgement import Splits, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replaced_view import ReplacedView
+from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
 from rondel.quant.single_copy import tune
-from rondel.quant.student import Student
+from rondel.quant.student import Student, Weights
 from rondel.quant.workers import Workers
 from tests.tiny import tiny_model
 
@@ -98,6 +100,33 @@ def test_norms_that_lose_more_divergence_than_they_win_are_left_out(
     assert found.report["labels"] is False
     assert found.report["by_text"] == 0
     assert not torch.equal(found.weights["output_norm.weight"], norm)
+
+
+def test_copies_in_place_are_tuned_with_the_model(source: Checkpoint, quantized: Checkpoint, tmp_path: Path) -> None:
+    """The teacher runs a layer twice: with a weak copy in place, both come nearer than either alone."""
+    deeper = Student(replicate(source, tmp_path / "t", ReplicateConfig(("1:serial:1:1.0",))))
+    student, weak = Student(quantized), build_replication(ReplicateConfig(("1:serial:1:0.5",)), quantized.numbers)
+    assert weak is not None
+    found = tune(quantized, student, deeper, SPLITS, CONFIG, copies=weak)
+    assert found.copies is not None
+    assert found.copies.steps == weak.steps
+    for values in (values for one in found.copies.sets for values in one.values()):
+        assert np.array_equal(values, values.astype(np.float16))
+    alone = tune(quantized, student, deeper, SPLITS, CONFIG)
+    assert alone.copies is None
+
+    def kl(path: Replication | None, weights: Weights | None = None) -> float:
+        return token_losses(student, deeper, SPLITS.confirm, path, weights=weights).told()["kl"]
+
+    both = kl(found.copies, found.weights)
+    assert both < BETTER * min(kl(weak), kl(None, alone.weights))
+    assert both < kl(weak, found.weights)
+    with Workers(2) as two:
+        again = tune(quantized, student, deeper, SPLITS, CONFIG, copies=weak, workers=two)
+    assert all(torch.equal(weights, again.weights[name]) for name, weights in found.weights.items())
+    assert again.copies is not None
+    for one, other in zip(found.copies.sets, again.copies.sets, strict=True):
+        assert all(np.array_equal(values, other[kind]) for kind, values in one.items())
 
 
 def test_a_model_that_lacks_nothing_stays(source: Checkpoint, tmp_path: Path) -> None:
