@@ -36,7 +36,7 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "compared": compared(result) if "losses" in result else [],
         "tuning": result.get("tuning"),
         "copies": result.get("kl"),
-        "base": choice.get("base"),
+        "bases": choice.get("bases", []),
         "log": result.get("log", []),
         "replicated": "replication" in manifest,
         "notes": result["notes"],
@@ -48,9 +48,8 @@ def render(told: Mapping[str, Any]) -> str:
     """The page of the facts."""
     decided = [_decided(row) for row in told["compared"] if row["bytes"] is not None]
     tried = [_tried(entry) for entry in told["log"] if entry["kl"] is not None]
-    if tried and told["base"]:
-        start = {"kind": "model", "bytes": 0, "compute": 0.0, "kl": told["base"]["kl"], "label": "tuned"}
-        tried.insert(0, start | {"title": f"without copies: KL {number(start['kl'])}"})
+    if tried:
+        tried = [*map(_without, told["bases"]), *tried]
     return page("replication.html", told=told, decided=_charts(decided), tried=_charts(tried))
 
 
@@ -58,6 +57,12 @@ def _decided(row: Mapping[str, Any]) -> Point:
     kind = "model" if row["name"] in MODEL else "copies" if row["name"] == "copies" else "rival"
     what = f"{row['name']}: KL {number(row['kl'])}, {size(row['bytes'])} and {row['compute']:.1%} of compute more"
     return {**row, "kind": kind, "label": row["name"], "title": what}
+
+
+def _without(base: Mapping[str, Any]) -> Point:
+    name = "tuned" if base["tuned"] else "as it was"
+    title = f"{name}, without copies: KL {number(base['kl'])}"
+    return {"kind": "model", "bytes": 0, "compute": 0.0, "kl": base["kl"], "label": name, "title": title}
 
 
 def _tried(entry: Mapping[str, Any]) -> Point:

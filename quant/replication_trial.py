@@ -149,23 +149,23 @@ class Trial:
         """
         tuned = self.single is not self.input
         found = self.look() if tuned or not before else before
-        chosen, log = found.replication, [{**entry, "tuned": tuned} for entry in found.log]
-        against_tuned = None
-        if before and tuned:
-            log = [*({**entry, "tuned": False} for entry in before.log), *log]
-            together = self._together(before, found)
-            if together:
-                found, chosen, against_tuned = before, together.copies, together.verdict
-        verdicts = {"against_base": found.verdict, "against_gains": found.control, "against_tuned": against_tuned}
-        self.told["log"] = log
-        self.told["choice"] = {name: one.told() for name, one in verdicts.items() if one}
-        if found.base:
-            self.told["choice"]["base"] = found.base
+        looks = [(False, before), (True, found)] if before and tuned else [(tuned, found)]
+        together = self._together(before, found) if before and tuned else None
+        if before and together:
+            found = before
+        verdicts = {"against_base": found.verdict, "against_gains": found.control}
+        if together:
+            verdicts["against_tuned"] = together.verdict
+        log = self.told["log"] = [{**entry, "tuned": kind} for kind, look in looks for entry in look.log]
+        bases = [{**look.base, "tuned": kind} for kind, look in looks if look.base]
+        self.told["choice"] = {"bases": bases} | {name: one.told() for name, one in verdicts.items() if one}
+        chosen = together.copies if together else found.replication
         if chosen is None:
             fitted = sum(entry["kl"] is not None for entry in log)
+            model = "tuned model" if tuned else "model"
             self.told["notes"].append(
-                f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely "
-                f"better than the model without copies by {DELTA:g} nats a token, and than gains that cost nothing"
+                f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely better than "
+                f"the {model} without copies by {DELTA:g} nats a token, and than gains that cost nothing"
             )
         return chosen
 

@@ -15,7 +15,7 @@ from tests.tiny import tiny_model
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x"
 KEYS = [
-    *("model", "family", "version", "config", "bytes", "compared", "tuning", "copies", "base", "log", "replicated"),
+    *("model", "family", "version", "config", "bytes", "compared", "tuning", "copies", "bases", "log", "replicated"),
     *("notes", "warnings"),
 ]
 LOSSES = {
@@ -50,7 +50,7 @@ def whole() -> dict[str, Any]:
         losses=LOSSES,
         costs={"bytes": 2052, "read": 50_000, "compute": 0.125},
         rivals=[{"name": "gains", **rival, "bytes": 0, "read": 0}, {"name": "more bits, equal reads", **rival}],
-        choice={"base": {"kl": 0.031, "nll": 2.59}},
+        choice={"bases": [{"kl": 0.041, "nll": 2.59, "tuned": False}, {"kl": 0.031, "nll": 2.58, "tuned": True}]},
         log=[
             ENTRY,
             ENTRY | {"plan": ["0:parallel:1:ffn"], "kl": 0.032, "accepted": False, "why": "KL is not below"},
@@ -76,8 +76,8 @@ def test_every_candidate_is_drawn_twice() -> None:
     assert list(told) == KEYS
     page = Page(render(told))
     assert page.open == []
-    # Of the deciding text: as it was, tuned; copies; two rivals. Of the choosing one: the model, one kept, one not.
-    assert len(circles(page, "model")) == 2 * (2 + 1)
+    # Of the deciding text: as it was, tuned; copies; two rivals. Of the choosing one: the same two, one kept, one not.
+    assert len(circles(page, "model")) == 2 * (2 + 2)
     assert len(circles(page, "copies")) == 2 * (1 + 1)
     assert len(circles(page, "rival")) == 2 * 2
     assert len(circles(page, "rejected")) == 2 * 1
