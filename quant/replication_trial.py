@@ -164,8 +164,8 @@ class Trial:
             fitted = sum(entry["kl"] is not None for entry in log)
             model = "tuned model" if tuned else "model"
             self.told["notes"].append(
-                f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely better than "
-                f"the {model} without copies by {DELTA:g} nats a token, and than gains that cost nothing"
+                f"no layer is replicated: of {len(log)} candidates, {fitted} of them fitted, none is surely better "
+                f"than the {model} without copies by {DELTA:g} nats a token, and than gains that cost nothing"
             )
         return chosen
 

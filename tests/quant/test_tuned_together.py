@@ -47,6 +47,7 @@ def test_a_stage_with_its_defaults_finds_the_planted_layer(source: Checkpoint, t
     ]
     assert made.manifest["replication"]
     assert result["choice"]["against_tuned"]["high"] < -DELTA
+    assert result["choice"]["bases"][0]["tuned"] is False
     assert any("are tuned together with the model" in note for note in result["notes"])
     tuned = replicate(rounded, tmp_path / "tuned", replace(CONFIG, mode="none"), teacher, (text,))
     copied = replicate(rounded, tmp_path / "copied", replace(CONFIG, tune=False), teacher, (text,))
