@@ -14,7 +14,7 @@ from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.quant.judgement import DELTA, Splits, split, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
-from rondel.quant.replication_trial import windows_of
+from rondel.quant.replication_trial import Trial, windows_of
 from rondel.quant.selection import Choice
 from rondel.quant.student import Student, base_path
 from rondel.quant.tuned_together import Together, nearer_together
@@ -34,7 +34,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(tiny_model("qwen3", tmp_path_factory.mktemp("tiny") / "m", layers=3))
 
 
-def test_a_stage_with_its_defaults_finds_the_planted_layer(source: Checkpoint, tmp_path: Path) -> None:
+def test_a_stage_with_its_defaults_finds_the_planted_layer(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = random.Random(5)
     text = tmp_path / "letters.txt"
     text.write_text("".join(drawn.choice(string.ascii_letters + " ") for _ in range(20_000)), encoding="utf-8")
@@ -63,6 +65,12 @@ def test_a_stage_with_its_defaults_finds_the_planted_layer(source: Checkpoint, t
     base = token_losses(Student(made), Student(teacher), windows, base_path(3)).told()
     assert base == pytest.approx(result["losses"]["base"], rel=FLOAT32_SUMS)
     assert made.manifest["replication"][EVAL + "kl_base"] == result["losses"]["base"]["kl"]
+
+    measured = Trial.compare
+    monkeypatch.setattr(Trial, "compare", lambda self, found: (measured(self, found)[0], self.told["rivals"][:1]))
+    beaten = replicate(rounded, tmp_path / "beaten", CONFIG, teacher, (text,))
+    assert "replication" not in beaten.manifest
+    assert all(beaten.info(name).sha256 == tuned.info(name).sha256 for name in tuned.names())
 
 
 def test_the_nearer_way_is_taken_and_only_if_it_surely_is(source: Checkpoint, tmp_path: Path) -> None:
