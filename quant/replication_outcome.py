@@ -45,11 +45,12 @@ def decide(
     """
     with Workers(threads) as workers:
         trial = Trial(source, teacher, text, config, workers=workers, device=device, progress=progress)
-        choosing = plan is None and config.mode != "none"
-        before = trial.look() if choosing and config.tune is not False else None
-        if config.tune is not False:
+        choosing, tuning = plan is None and config.mode != "none", config.tune is not False
+        fitted = trial.fit(plan) if plan and tuning else None
+        chosen = trial.look() if choosing and tuning else None
+        if tuning:
             trial.tune()
-        found = trial.fit(plan) if plan else trial.choose(before) if choosing else None
+        found = trial.fit(plan, fitted) if plan else trial.choose(chosen) if choosing else None
         if found:
             found, better = trial.compare(trial.judge(found))
             trial.told["warnings"] += [_beaten(row, found, trial) for row in better]

@@ -129,11 +129,26 @@ class Trial:
         partly = f", about {tuning['by_text']:.0%} of that by following the text itself" if tuning["by_text"] else ""
         return f"; {share:.1%} of the likelihood that rounding lost is won back{partly}"
 
-    def fit(self, found: Replication) -> Replication:
-        """The copies of an explicit plan with parameters fitted to the teacher."""
+    def fit(self, plan: Replication, before: Replication | None = None) -> Replication:
+        """The copies of an explicit plan with parameters fitted to the teacher.
+
+        `before`: the same, fitted before the tuning; as of `choose`, where they help the model as it came.
+        """
         self.progress(0, 1, "fitting the copies")
         student, fit = self.single.student, self.splits.fit
-        return with_sets(found, fit_copies(student, self.teacher, fit, found, None, self.config, workers=self.workers))
+        found = with_sets(plan, fit_copies(student, self.teacher, fit, plan, None, self.config, workers=self.workers))
+        if before is None or self.single is self.input:
+            return found
+        student = self.input.student
+        without, copies = (
+            token_losses(student, self._remembered, self.splits.select, path).told()["kl"]
+            for path in (base_path(student.layers), before)
+        )
+        together = self._together(before, found) if copies < without - DELTA else None
+        if together is None:
+            return found
+        self.told["choice"] = {"against_tuned": together.verdict.told()}
+        return together.copies
 
     def look(self) -> Choice:
         """The automatic choice of copies on the single copy as it is now."""
@@ -150,7 +165,9 @@ class Trial:
         tuned = self.single is not self.input
         found = self.look() if tuned or not before else before
         looks = [(False, before), (True, found)] if before and tuned else [(tuned, found)]
-        together = self._together(before, found) if before and tuned else None
+        together = None
+        if before and before.replication and tuned:
+            together = self._together(before.replication, found.replication)
         if before and together:
             found = before
         verdicts = {"against_base": found.verdict, "against_gains": found.control}
@@ -169,14 +186,12 @@ class Trial:
             )
         return chosen
 
-    def _together(self, before: Choice, late: Choice) -> Together | None:
-        """Take the model as it came, tuned with the copies of `before` in place, if that is the better way."""
-        if before.replication is None:
-            return None
+    def _together(self, before: Replication, late: Replication | None) -> Together | None:
+        """Take the model as it came, tuned with the copies `before` in place, if that is the better way."""
         found = nearer_together(
             self.input.model,
             self.input.student,
-            before.replication,
+            before,
             (self.single.student, late),
             self.teacher,
             self.splits,

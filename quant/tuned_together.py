@@ -12,7 +12,6 @@ from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
 from rondel.quant.descent import DescentConfig
 from rondel.quant.judgement import DELTA, RememberedTeacher, Splits, Verdict, paired, token_losses
-from rondel.quant.selection import Choice
 from rondel.quant.single_copy import Tuned, tune
 from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
@@ -31,7 +30,7 @@ def nearer_together(  # noqa: PLR0917 (the model, its copies, what they must bea
     source: Checkpoint,
     student: Student,
     early: Replication,
-    single: tuple[Student, Choice],
+    single: tuple[Student, Replication | None],
     teacher: Student,
     splits: Splits,
     config: DescentConfig,
@@ -41,14 +40,14 @@ def nearer_together(  # noqa: PLR0917 (the model, its copies, what they must bea
 ) -> Together | None:
     """The model as it came, tuned with the copies `early` in place, where that is the nearer way; else None.
 
-    `student` is the forward pass of `source`; `single`: the tuned single copy, and what was chosen for it. The text
+    `student` is the forward pass of `source`; `single`: the tuned single copy, and its copies, if it has any. The text
     that chose decides between the two ways; on the text that chose nothing, copies must surely be better than the
     tuned single copy, which had the same care.
     """
     remembered, (rival, late) = RememberedTeacher(teacher), single
     found = tune(source, student, teacher, splits, config, copies=early, workers=workers, progress=progress)
     assert found.copies is not None, "they are in place"
-    nearest = token_losses(rival, remembered, splits.select, late.replication or base_path(rival.layers))
+    nearest = token_losses(rival, remembered, splits.select, late or base_path(rival.layers))
     if found.report["after" if found.data else "before"]["kl"] >= nearest.told()["kl"] - DELTA:
         return None
     copies = token_losses(student, remembered, splits.confirm, found.copies, weights=found.weights)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
+from rondel.converters.replication import Replication
 from rondel.quant.judgement import DELTA, Splits, split, token_losses
 from rondel.quant.quantize import QuantizeConfig, quantize
 from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
 from rondel.quant.replication_trial import Trial, windows_of
-from rondel.quant.selection import Choice
 from rondel.quant.student import Student, base_path
 from rondel.quant.tuned_together import Together, nearer_together
 from tests.planted import deeper_model
@@ -66,6 +66,10 @@ def test_a_stage_with_its_defaults_finds_the_planted_layer(
     assert base == pytest.approx(result["losses"]["base"], rel=FLOAT32_SUMS)
     assert made.manifest["replication"][EVAL + "kl_base"] == result["losses"]["base"]["kl"]
 
+    named = replicate(rounded, tmp_path / "named", replace(CONFIG, layers=("1:serial:1",)), teacher, (text,))
+    assert token_losses(Student(named), Student(teacher), windows).kl.mean() < of[tuned] - DELTA
+    assert named.stages[-1]["result"]["choice"]["against_tuned"]["high"] < -DELTA
+
     measured = Trial.compare
     monkeypatch.setattr(Trial, "compare", lambda self, found: (measured(self, found)[0], self.told["rivals"][:1]))
     beaten = replicate(rounded, tmp_path / "beaten", CONFIG, teacher, (text,))
@@ -80,18 +84,16 @@ def test_the_nearer_way_is_taken_and_only_if_it_surely_is(source: Checkpoint, tm
     assert path is not None
     windows = torch.randint(0, 288, (96, 32), generator=torch.Generator().manual_seed(1))
     splits = Splits(windows[:32], windows[32:48], windows[48:])
-    none = Choice(None, [], [], None)
 
-    def taken(student: Student, late: Choice) -> Together | None:
+    def taken(student: Student, late: Replication | None = None) -> Together | None:
         return nearer_together(source, model, path, (student, late), teacher, splits, replace(CONFIG, steps=5))
 
-    found = taken(model, none)
+    found = taken(model)
     assert found is not None
     assert found.verdict.better()
     assert found.copies.steps == path.steps
-    late = Choice(build_replication(ReplicateConfig(("1:serial:1:0.5",)), source.numbers), [], [], None)
-    assert taken(model, late) is None
-    assert taken(perfect_on(splits.confirm, source, teacher), none) is None
+    assert taken(model, build_replication(ReplicateConfig(("1:serial:1:0.5",)), source.numbers)) is None
+    assert taken(perfect_on(splits.confirm, source, teacher)) is None
 
 
 def perfect_on(piece: torch.Tensor, source: Checkpoint, teacher: Student) -> Student:
