@@ -187,9 +187,10 @@ def replicate(
     The copies share the layer's weights and have small parameters of their own. llama.cpp ignores them and runs every
     layer once; rondel runs them; `export --materialize` writes serial copies as layers.
 
-    With --teacher and --text MODEL itself is tuned first. Then copies are chosen, and fitted; text that neither fitted
-    nor chose decides whether they stay; mostly none do. The copies of --layer are fitted as they are; those that harm
-    are refused with exit code 3. Without a teacher and text, nothing is chosen, and --layer is written as it is.
+    With --teacher and --text MODEL itself is tuned, and copies are chosen and fitted: on the tuned model, or tuned
+    together with it. Text that neither fitted nor chose decides whether they stay; mostly none do. The copies of
+    --layer are fitted as they are; those that harm are refused with exit code 3. Without a teacher and text, nothing
+    is chosen, and --layer is written as it is.
 
     Example:
 

@@ -1,7 +1,7 @@
 """Replicate: layers that run more than once on shared weights, each copy with parameters of its own.
 
 A plan is explicit, one specification a layer (see replication_plan.py), or chosen (selection.py), where there is a
-teacher and text. Then the single copy is tuned first, and copies are fitted, judged and compared (replication_outcome).
+teacher and text. Then the single copy is tuned, and copies are fitted, judged and compared (replication_outcome.py).
 """
 
 from __future__ import annotations
