@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import ATTENTION, FFN, Replication, Step
 from rondel.converters.replication_kinds import KINDS, kind_size
 from rondel.quant.alignment import Alignment, align
@@ -129,12 +130,26 @@ class Distillation:
         groups = self.student.groups(x, self.found, self.sets, self.weights(), first=first, last=last)
         return [x for _, x in groups]
 
-    def descend(self, leaves: Sequence[Leaf], steps: int, batch: int, seed: int, workers: Workers) -> None:
+    def descend(  # noqa: PLR0917 (how many steps of what, and who works and listens)
+        self,
+        leaves: Sequence[Leaf],
+        steps: int,
+        batch: int,
+        seed: int,
+        workers: Workers,
+        progress: Progress = silent,
+    ) -> None:
         """Adam on the streams behind the fitted layers for half the steps, where they compare, then on the logits."""
         on_blocks = steps // 2 if self.aligned else 0
         count = len(self.windows)
-        descend(leaves, self.block_loss, batches(count, on_blocks, batch, seed), workers)
-        descend(leaves, self.logit_loss, batches(count, steps - on_blocks, batch, seed + 1), workers)
+
+        def after(step: int, _: float) -> bool:
+            progress(step + 1, steps, "fitting the copies")
+            return True
+
+        descend(leaves, self.block_loss, batches(count, on_blocks, batch, seed), workers, after)
+        plan = batches(count, steps - on_blocks, batch, seed + 1)
+        descend(leaves, self.logit_loss, plan, workers, lambda step, loss: after(on_blocks + step, loss))
 
     def block_loss(self, window: int) -> torch.Tensor:
         """How far the streams behind the copied layers are from the teacher's, in its spread of each channel."""
@@ -233,6 +248,7 @@ def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its st
     config: Any,
     *,
     workers: Workers | None = None,
+    progress: Progress = silent,
 ) -> Sets:
     """The parameter sets of `replication`, one dict a set, fitted on token windows (n, context); float16 values.
 
@@ -251,5 +267,5 @@ def fit_copies(  # noqa: PLR0917 (two models, the text, and the plan with its st
         if fit.aligned:
             for layer in fit.spans:
                 _ridge(fit, sets, layer, range(min(len(windows), RIDGE_WINDOWS)), crew)
-        fit.descend(fitted_leaves(sets), steps, batch, seed, crew)
+        fit.descend(fitted_leaves(sets), steps, batch, seed, crew, progress)
     return halves(sets)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import Replication
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.copy_plan import Copy, CopyPlan
@@ -71,7 +72,7 @@ class PlanTrials:
         """Whether this plan was fitted before."""
         return tuple(sorted(copies)) in self._tried
 
-    def measure(self, copies: Sequence[Copy]) -> TriedPlan:
+    def measure(self, copies: Sequence[Copy], progress: Progress = silent) -> TriedPlan:
         """Fit a plan, and measure it on the piece that chooses."""
         key = tuple(sorted(copies))
         if key not in self._tried:
@@ -84,6 +85,7 @@ class PlanTrials:
                 plan.opening(),
                 self.config,
                 workers=self.workers,
+                progress=progress,
             )
             losses = self._losses(self.splits.select, plan.replication, sets)
             control = self._losses(self.splits.select, weights=self._control(plan))

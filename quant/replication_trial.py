@@ -136,7 +136,10 @@ class Trial:
         """
         self.progress(0, 1, "fitting the copies")
         student, fit = self.single.student, self.splits.fit
-        found = with_sets(plan, fit_copies(student, self.teacher, fit, plan, None, self.config, workers=self.workers))
+        sets = fit_copies(
+            student, self.teacher, fit, plan, None, self.config, workers=self.workers, progress=self.progress
+        )
+        found = with_sets(plan, sets)
         if before is None or self.single is self.input:
             return found
         student = self.input.student
@@ -245,10 +248,14 @@ class Trial:
 
     def compare(self, found: Replication) -> tuple[Replication, list[dict[str, Any]]]:
         """The copies with their rivals in the evaluation, and those rivals that are surely better, as they are told."""
-        self.progress(0, 1, "comparing with other uses of the bytes")
         assert self.copies is not None, "they are judged first"
-        rows, better = [], []
-        for rival in self._rivals().against(found):
+        rows, better = list[dict[str, Any]](), list[dict[str, Any]]()
+        rivals = self._rivals().against(found)
+        for done, (name, make) in enumerate(rivals.items()):
+            self.progress(done, len(rivals), f"comparing with other uses of the bytes: {name}")
+            rival = make()
+            if rival is None:
+                continue
             row, verdict = self._measured(rival, self.copies)
             rows.append(row)
             if verdict.high < 0:

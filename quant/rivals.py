@@ -11,7 +11,7 @@ Corrections and gains are fitted with the steps that the copies got. All of them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -145,14 +145,15 @@ class Rivals:
         kept = sorted(found, key=lambda tensor: (-found[tensor][0], tensor))[:COMPARED]
         return {tensor: found[tensor][1] for tensor in kept}
 
-    def against(self, found: Replication) -> list[Rival]:
-        """All rivals of these copies."""
+    def against(self, found: Replication) -> dict[str, Callable[[], Rival | None]]:
+        """What makes each rival of these copies, by its name; None where their bytes buy nothing of the kind."""
         stored, read = stored_bytes(found), read_bytes(found, self.student.source)
-        made = [
-            self.gains(found),
-            self.low_rank(stored),
-            self.more_bits(stored),
-            self.more_bits(stored, "finer groups", finer=True),
-            self.more_bits(read, "more bits, equal reads") if read > stored else None,
-        ]
-        return [one for one in made if one is not None]
+        equal_reads = "more bits, equal reads"
+        made: dict[str, Callable[[], Rival | None]] = {
+            "gains": lambda: self.gains(found),
+            "low rank": lambda: self.low_rank(stored),
+            "more bits": lambda: self.more_bits(stored),
+            "finer groups": lambda: self.more_bits(stored, "finer groups", finer=True),
+            equal_reads: lambda: self.more_bits(read, equal_reads) if read > stored else None,
+        }
+        return made

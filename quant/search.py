@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
-from rondel.converters.progress import Progress
+from rondel.converters.progress import Progress, part_of
 from rondel.quant.choice_config import ChoiceConfig
 from rondel.quant.copy_plan import Copy, CopyPlan
 from rondel.quant.judgement import DELTA
@@ -143,12 +143,14 @@ def search(
         if copies is None:
             break
         if copies not in worth:
-            progress(trials.fits, config.budget_evals, f"searching the plans of copies: {config.search}")
+            told = part_of(
+                progress, trials.fits, config.budget_evals, f"searching the plans of copies: {config.search}"
+            )
             plan = trials.plan(copies)
             why, tried = config.failure(plan), None
             value = trials.base["kl"] + (DELTA if why else 0.0)
             if copies and not why:
-                tried = trials.measure(copies)
+                tried = trials.measure(copies, told)
                 value, why = tried.kl, tried.failure(trials.base["kl"])
             worth[copies] = value + _price(plan, size)
             if copies:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rondel.converters.progress import Progress, silent
+from rondel.converters.progress import Progress, part_of, silent
 from rondel.converters.replication import Replication
 from rondel.quant.alignment import align
 from rondel.quant.choice_config import ChoiceConfig
@@ -127,8 +127,7 @@ def _forward(
         if why:
             log.append(log_entry(plan, "screen", screened=screened, why=why))
             continue
-        progress(trials.fits, trials.fits + len(queue) + 1, f"fitting {copy}")
-        tried = trials.measure(copies)
+        tried = trials.measure(copies, part_of(progress, trials.fits, trials.fits + len(queue) + 1, f"fitting {copy}"))
         why = tried.failure(best.kl if best else trials.base["kl"])
         log.append(log_entry(plan, "screen", screened=screened, tried=tried, why=why))
         if why:

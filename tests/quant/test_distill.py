@@ -10,6 +10,7 @@ import torch
 
 from rondel.converters.checkpoint import Checkpoint, open_checkpoint
 from rondel.converters.errors import RondelError
+from rondel.converters.progress import part_of
 from rondel.quant.descent import batches, divergence
 from rondel.quant.distill import fit_copies, opening_sets
 from rondel.quant.replicate import ReplicateConfig, build_replication, replicate
@@ -42,7 +43,10 @@ def test_a_planted_copy_comes_back(planted: str, plan: str, source: Checkpoint, 
     teacher = Student(replicate(source, tmp_path / "t", ReplicateConfig((planted,))))
     built = build_replication(ReplicateConfig((plan,)), source.numbers)
     assert built is not None
-    fitted = fit_copies(student, teacher, WINDOWS, built, None, CONFIG)
+    told: list[tuple[int, int]] = []
+    whole = part_of(lambda done, total, _: told.append((done, total)), 1, 3, "the second of three")
+    fitted = fit_copies(student, teacher, WINDOWS, built, None, CONFIG, progress=whole)
+    assert told == [(1, 3), *((CONFIG.steps + step, 3 * CONFIG.steps) for step in range(1, CONFIG.steps + 1))]
     assert gap(student, teacher, built, fitted) < (1 - CLOSED) * gap(student, teacher)
     with Workers(2) as two:
         again = fit_copies(student, teacher, WINDOWS, built, None, CONFIG, workers=two)

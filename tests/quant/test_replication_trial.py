@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import string
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,8 +285,8 @@ def test_chosen_copies_make_room_for_a_better_use_of_their_bytes(
     class Better(Rivals):
         """One rival: the teacher's own path."""
 
-        def against(self, found: Replication) -> list[Rival]:
-            return [Rival("the teacher", 1, 1, {})]
+        def against(self, found: Replication) -> dict[str, Callable[[], Rival | None]]:
+            return {"the teacher": lambda: Rival("the teacher", 1, 1, {})}
 
     run = replication_trial.Trial.losses
 
