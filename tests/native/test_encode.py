@@ -270,6 +270,18 @@ def test_never_worse_than_dropping_the_weights(name: str, weights: np.ndarray, w
     assert (lost <= whole * ROUNDING).all()
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+def test_the_scale_fits_an_offset_that_no_half_reaches(name: str) -> None:
+    """Where the outlier matters little: the others come back within a step, and it as near as a half can be."""
+    weights = np.random.default_rng(1).uniform(-200, 200, (1, 512)).astype(np.float32)
+    importance = np.ones(512, np.float32)
+    weights[0, 26::32], importance[26::32] = -9e4, 0.025
+    decoded = round_trip(name, weights, importance)
+    step = float(np.finfo(np.float16).max) / (15 if name == "Q4_1" else 31)
+    assert np.abs(decoded - weights)[np.abs(weights) < 1e3].max() < step
+    assert error(weights, decoded, importance) < 0.1 * error(weights, 0 * weights, importance)
+
+
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_codebook_weights_of_equal_size_keep_their_signs(name: str) -> None:
     weights = some_weights(8)

@@ -61,6 +61,9 @@ INLINE void choose_affine(const vec *x, const vec *w, float top, const struct ra
         refit_t = to_stored(refit_t);
         /* the offset that fits the scale as it is stored */
         refit_u = to_stored_offset(ratio(m.x - refit_t * m.q, m.w));
+        /* the scale that fits the offset where that ends at the largest half */
+        vec beside = to_stored(ratio(m.xq - refit_u * m.q, m.qq));
+        refit_t = pick(magnitude(refit_u) >= HALF_MAX, beside, refit_t);
         vec other = affine_error(x, w, SIZE, top, refit_t, refit_u);
         *t = pick(other < error, refit_t, *t);
         *u = pick(other < error, refit_u, *u);
