@@ -163,8 +163,9 @@ INLINE vec search_scale(const vec *x, const vec *w, int depth, const struct leve
  *
  * Least squares shrinks: a block that loses a share e of its energy answers e too weakly, and unlike rounding noise that
  * adds up over channels and layers. Scales multiplied by g = 1 / (1 - e) answer at full strength and raise the squared
- * error to e / (1 - e) only (Vargaftik et al. 2021, DRIVE). Where half of the energy is lost g stays 1. */
-INLINE float unbiased_gain(float xx, float xq) { return xq > 0.5f * xx && xx > 0 ? xx / xq : 1; }
+ * error to e / (1 - e) only (Vargaftik et al. 2021, DRIVE). Where half of the energy is lost, or so little less that the
+ * rounding of a scale of 64 steps of a half decides whether dropping all weights would lose less, g stays 1. */
+INLINE float unbiased_gain(float xx, float xq) { return xq > 0.51f * xx && xx > 0 ? xx / xq : 1; }
 
 /* The nearest values that a half can store as a scale: finite, and not zero unless the wish is. */
 INLINE vec to_stored(vec wish) {
