@@ -76,7 +76,7 @@ format: install
 typecheck: install
 	mkdir -p build/typing/rondel
 	for room in cli converters quant native configs; do ln -sfn ../../../$$room build/typing/rondel/$$room; done
-	$(BIN)/mypy -p rondel
+	$(BIN)/mypy -p rondel -p benchmarks
 
 # What users get: the wheel in a fresh environment, tested from another folder.
 wheel-check: install

@@ -39,8 +39,8 @@ from rondel.quant.alignment import align  # noqa: E402
 from rondel.quant.calibration_text import tokenize  # noqa: E402
 from rondel.quant.choice_config import ChoiceConfig  # noqa: E402
 from rondel.quant.copy_plan import Copy, CopyPlan  # noqa: E402
-from rondel.quant.descent import Leaf, batches, descend  # noqa: E402
-from rondel.quant.distill import FITTED, GAIN_RATE, GATE_RATE, fit_copies  # noqa: E402
+from rondel.quant.descent import batches, descend  # noqa: E402
+from rondel.quant.distill import fit_copies, fitted_leaves, halves, with_sets  # noqa: E402
 from rondel.quant.judgement import Losses, RememberedTeacher, Verdict, paired, token_losses  # noqa: E402
 from rondel.quant.replicate import ReplicateConfig  # noqa: E402
 from rondel.quant.replication_cost import (  # noqa: E402
@@ -91,28 +91,14 @@ def rounded(case: Case, type_: str, options: argparse.Namespace) -> Path:
 def fit_to_text(student: Student, plan: CopyPlan, windows: torch.Tensor, workers: Workers, steps: int) -> Replication:
     """Copies of a model that is its own teacher, fitted to the text: to the likelihood of its tokens."""
     sets = plan.opening()
-    leaves = [
-        Leaf(values, GATE_RATE if kind.startswith("gate") else GAIN_RATE)
-        for one in sets
-        for kind, values in one.items()
-        if kind in FITTED
-    ]
 
     def loss(window: int) -> torch.Tensor:
         tokens = windows[window][None]
         logits = student.logits(tokens[:, :-1], plan.replication, sets).flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device))
 
-    descend(leaves, loss, batches(len(windows), steps, BATCH, SEED), workers)
-    return with_sets(plan.replication, sets)
-
-
-def with_sets(found: Replication, sets: Sequence[dict[str, torch.Tensor]]) -> Replication:
-    """The steps with parameters as they are stored."""
-    return replace(
-        found,
-        sets=tuple({kind: values.detach().half().float().numpy() for kind, values in one.items()} for one in sets),
-    )
+    descend(fitted_leaves(sets), loss, batches(len(windows), steps, BATCH, SEED), workers)
+    return with_sets(plan.replication, halves(sets))
 
 
 def on_layer(plan: CopyPlan, layer: int, config: ChoiceConfig, fitted: Replication) -> Replication:

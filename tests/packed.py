@@ -93,8 +93,8 @@ def random_packed(
         values = rng.standard_normal((rows, cols)).astype(np.float32)
         if name == "F16":
             return values.astype(np.float16).view(np.uint8).reshape(-1)
-        bits = values.view(np.uint32)
-        return (bits if name == "F32" else (bits >> 16).astype(np.uint16)).view(np.uint8).reshape(-1)
+        raw = values.view(np.uint32)
+        return (raw if name == "F32" else (raw >> 16).astype(np.uint16)).view(np.uint8).reshape(-1)
     packed = rng.integers(0, 256, size, dtype=np.uint8) if fill is None else np.full(size, fill, np.uint8)
     bits = rng.integers(0, 1 << 16, size // _bytes_of(name), dtype=np.uint16) & 0x8FFF | 0x3000
     if name == "IQ1_M":  # the half stands in the top nibbles of four words

@@ -87,7 +87,7 @@ def llama_quantize(
     parameters.nthread, parameters.ftype = threads, file_type
     rows = {name: np.ascontiguousarray(values, np.float32) for name, values in (imatrix or {}).items()}
     pointer = ctypes.POINTER(ctypes.c_float)
-    entries = [(name.encode(), row.ctypes.data_as(pointer), row.size) for name, row in rows.items()]
+    entries = [_ImatrixEntry(name.encode(), row.ctypes.data_as(pointer), row.size) for name, row in rows.items()]
     array = (_ImatrixEntry * (len(entries) + 1))(*entries)  # an entry without a name ends it
     if entries:
         parameters.imatrix = ctypes.cast(array, ctypes.POINTER(_ImatrixEntry))
