@@ -6,11 +6,12 @@ too; other teachers teach by their logits alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from rondel.converters.progress import Progress, silent
 from rondel.converters.replication import ATTENTION, FFN, Replication, Step
@@ -53,7 +54,11 @@ def _set_of(found: Replication, step: Step) -> int:
     return (step.parameters or inherited) if step.number else 0
 
 
-def opening_sets(student: Student, found: Replication, parameters: Sequence[Values] | None = None) -> Sets:
+def opening_sets(
+    student: Student,
+    found: Replication,
+    parameters: Sequence[Mapping[str, torch.Tensor | NDArray[Any]]] | None = None,
+) -> Sets:
     """What a fit starts from: gates as given, else closed (open in a mean), and every gain that may be fitted as one.
 
     A parallel copy that reads its layer's keys keeps its attention norm as well.
@@ -227,11 +232,6 @@ def fitted_leaves(sets: Sets) -> list[Leaf]:
 def halves(sets: Sequence[Values]) -> Sets:
     """The values that files keep, float16."""
     return [{kind: values.detach().half().float() for kind, values in one.items()} for one in sets]
-
-
-def values_of(found: Replication) -> Sets:
-    """The recorded parameters as tensors, a dict a set."""
-    return [{kind: torch.from_numpy(values).float() for kind, values in one.items()} for one in found.sets]
 
 
 def with_sets(found: Replication, sets: Sequence[Values]) -> Replication:

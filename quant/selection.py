@@ -40,7 +40,6 @@ class Choice:
     verdict: Verdict | None  # of the last candidate against the model without copies, on text that chose nothing
     control: Verdict | None = None  # and against the same branches with gains and no second execution
     base: dict[str, float] = field(default_factory=dict)  # "kl" and "nll" without copies on the text that chose
-    losses: dict[str, float] = field(default_factory=dict)  # and with the copies that were chosen
 
 
 def choose(
@@ -71,7 +70,7 @@ def choose(
         verdict, control = trials.confirm(best)
         # By DELTA against the model, whose cost is none; the gains were as far behind on the text that chose.
         if verdict.better() and control.better(0):
-            return Choice(best.replication, best.sets, log, verdict, control, trials.base, best.losses)
+            return Choice(best.replication, best.sets, log, verdict, control, trials.base)
         why = "text that chose nothing does not confirm it"
         log.append(log_entry(best.plan, "confirm", tried=best, why=why))
         return Choice(None, [], log, verdict, control, trials.base)

@@ -22,7 +22,7 @@ from rondel.converters.replication import Replication
 from rondel.native.formats import decode
 from rondel.quant.block_scales import has_scales
 from rondel.quant.descent import DescentConfig, Leaf, batches, descend_through, divergence, open_workers
-from rondel.quant.distill import fitted_leaves, halves, opening_sets, values_of, with_sets
+from rondel.quant.distill import fitted_leaves, halves, opening_sets, with_sets
 from rondel.quant.fitted_matrix import FittedMatrix, Rates
 from rondel.quant.judgement import RememberedTeacher, Splits, token_losses
 from rondel.quant.student import Student
@@ -53,7 +53,7 @@ class _Fit:
         self.student, self._copies = student, copies
         self.matrices: dict[str, FittedMatrix] = {}
         self.norms: dict[str, torch.Tensor] = {}
-        self._sets = opening_sets(student, copies, values_of(copies)) if copies else []
+        self._sets = opening_sets(student, copies, copies.sets) if copies else []
         for name in source.names():
             if has_scales(source.info(name).format):
                 self.matrices[name] = FittedMatrix(source.packed(name), student.device, student.dtype)

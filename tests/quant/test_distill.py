@@ -18,7 +18,7 @@ from rondel.quant.student import Student, base_path
 from rondel.quant.workers import Workers
 from tests.tiny import tiny_model
 
-CLOSED = 0.8  # of the gap to a planted teacher, as issue 5 asks
+CLOSED = 0.8  # of the gap to a planted teacher
 CONFIG = SimpleNamespace(steps=40, seed=3, batch=4)
 WINDOWS = torch.randint(0, 288, (8, 32), generator=torch.Generator().manual_seed(2))
 UNSEEN = torch.randint(0, 288, (4, 32), generator=torch.Generator().manual_seed(4))

@@ -27,8 +27,8 @@ from tests.planted import deeper_model
 from tests.tiny import tiny_model
 
 MODELS = Path(__file__).parent.parent / "models"
-CLOSED = 0.8  # of what the planted copy itself closes on the student, as issue 5 asks
-MOST_FOUND = 1  # false alarms of SEEDS models without a planted copy, as issue 5 asks
+CLOSED = 0.8  # of what the planted copy itself closes on the student
+MOST_FOUND = 1  # false alarms of SEEDS models without a planted copy
 SEEDS = 20
 LAYERS = 4
 CONFIG = ChoiceConfig(steps=16, seed=1)

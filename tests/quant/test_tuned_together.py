@@ -22,7 +22,7 @@ from tests.planted import deeper_model
 from tests.tiny import tiny_model
 
 CONTEXT = 64
-CLOSED = 0.8  # of the gap to a planted teacher beyond what rounding alone costs, as issue 5 asks
+CLOSED = 0.8  # of the gap to a planted teacher beyond what rounding alone costs
 BETTER = 0.97  # of the divergence before: a fit that moved nothing stays at 1
 FLOAT32_SUMS = 1e-5  # relative: the same model, read from the disk
 EVAL = "rondel.replication.eval."
